@@ -1,0 +1,53 @@
+"""dit_accel: makes diffusion transformers in Hugging Face `diffusers` faster, in one call.
+
+    session = dit_accel.apply(pipe, "balanced")
+
+Names are loaded on first use (PEP 562), so that importing the package, or asking for `--help`, loads no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_accel.api import apply as apply
+    from dit_accel.cache import BlockCache as BlockCache
+    from dit_accel.errors import DitAccelError as DitAccelError
+    from dit_accel.errors import NonFiniteError as NonFiniteError
+    from dit_accel.errors import PolicyError as PolicyError
+    from dit_accel.errors import UnsupportedModelError as UnsupportedModelError
+    from dit_accel.forecast import Forecast as Forecast
+    from dit_accel.policy import Policy as Policy
+    from dit_accel.policy import policies as policies
+    from dit_accel.session import Session as Session
+    from dit_accel.stats import Stats as Stats
+    from dit_accel.stats import StepRecord as StepRecord
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "apply": "api",
+    "BlockCache": "cache",
+    "DitAccelError": "errors",
+    "NonFiniteError": "errors",
+    "PolicyError": "errors",
+    "UnsupportedModelError": "errors",
+    "Forecast": "forecast",
+    "Policy": "policy",
+    "policies": "policy",
+    "Session": "session",
+    "Stats": "stats",
+    "StepRecord": "stats",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"dit_accel.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""How a denoiser is wrapped: find its blocks, observe one forward, pass through, override the tail."""

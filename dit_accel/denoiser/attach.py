@@ -1,0 +1,200 @@
+"""Attach: the one-off wrappers around a denoiser and its blocks, and the path of one denoiser call through them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dit_accel.denoiser.clock import TimeArgument
+from dit_accel.denoiser.contract import ContractChanged, Observer, shape_key
+from dit_accel.denoiser.find import find_block_lists
+from dit_accel.denoiser.flops import FlopMeter
+from dit_accel.denoiser.forward import Forward
+from dit_accel.denoiser.subclass import wrap_instance
+from dit_accel.errors import UnsupportedModelError
+from dit_accel.state import RunState
+from dit_accel.stats import COMPUTE, RECOMPUTE, SYMBOLS, StepRecord
+
+if TYPE_CHECKING:
+    from dit_accel.session import Session
+
+
+class AttachedDenoiser:
+    """A denoiser with wrapped calls. `attach` returns through the session's undo stack; `call` is one forward."""
+
+    def __init__(self, session: Session, name: str, module: nn.Module):
+        self.session, self.name, self.module = session, name, module
+        self.lists = find_block_lists(module)
+        self.blocks = [(block, path) for path, blocks in self.lists.items() for block in blocks]
+        self.block_names = [
+            f"{self.name}.{path}.{i}" for path, blocks in self.lists.items() for i in range(len(blocks))
+        ]
+        self.time_argument = TimeArgument(module)
+        self.meter = FlopMeter(module)
+        self.context: str | None = None
+        self.active: Forward | None = None
+        self.refusals: dict[str, str] = {}
+
+    def attach(self, undo: contextlib.ExitStack) -> None:
+        """Wrap the denoiser and every block; each wrap pushes its inverse."""
+        base = type(self.module)
+        attached = self
+
+        @wraps(base.__call__)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            def original() -> Any:
+                return base.__call__(module, *args, **kwargs)
+
+            return attached.call(original, args, kwargs) if module is attached.module else original()
+
+        methods: dict[str, Callable[..., Any]] = {"__call__": call}
+        if hasattr(base, "cache_context"):
+            methods["cache_context"] = self._context_method(base)
+        undo.callback(wrap_instance(self.module, self.session, methods))
+        for number, (block, path) in enumerate(self.blocks):
+            undo.callback(wrap_instance(block, self.session, {"__call__": self._block_call(number, block, path)}))
+
+    def _block_call(self, number: int, block: nn.Module, path: str) -> Callable[..., Any]:
+        base, attached = type(block), self
+        plain = base.__call__
+
+        @wraps(plain)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            forward = attached.active
+            if forward is None or module is not block:
+                return plain(module, *args, **kwargs)
+            return forward.block(number, base, path, lambda: plain(module, *args, **kwargs), args, kwargs)
+
+        return call
+
+    def _context_method(self, base: type) -> Callable[..., Any]:
+        attached, plain = self, base.cache_context  # type: ignore[attr-defined]
+
+        @contextlib.contextmanager
+        @wraps(plain)
+        def cache_context(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            """Remember the branch that the pipeline names, and hand on to diffusers."""
+            earlier, attached.context = attached.context, name
+            try:
+                with plain(module, name, *args, **kwargs) as value:
+                    yield value
+            finally:
+                attached.context = earlier
+
+        return cache_context
+
+    # ----------------------------------------------------------------------------------------------- one forward
+
+    def call(self, original: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """One denoiser call: plain outside a run, recorded under an exact policy, else under the cache."""
+        session, run = self.session, self.session.active_run()
+        if run is None or self.active is not None:
+            return original()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            session.stats.warn("Gradients are enabled, so everything was computed; call under torch.no_grad().")
+            return original()
+        started = time.perf_counter()
+        info = run.clock.locate(self.name, self.context, self.time_argument.find(args, kwargs))
+        if info.step == 0:
+            session.check_steps(run)
+        key = shape_key((args, kwargs))
+        forward = self._forward(run, info, key)
+        try:
+            result = self._run(forward, original, run, key)
+        except ContractChanged as change:
+            session.stats.warn(f"{self.name} left its learned contract ({change}); that step was computed anew.")
+            forward.state.drop()
+            forward = self._plain(forward, RECOMPUTE, f"contract changed: {change}")
+            result = self._run(forward, original, run, key)
+        self._record(run, forward, key, time.perf_counter() - started)
+        return result
+
+    def _forward(self, run: RunState, info: Any, key: Any) -> Forward:
+        policy = self.session.policy
+        state = run.branch(self.name, info.branch)
+        if state.key != key:
+            if state.key is not None and state.anchors:
+                self.session.stats.warn(f"The inputs of {self.name} changed shape within a run; its state was dropped.")
+            state.drop()
+            state.key = key
+        cache = policy.cache
+        if cache is None or policy.is_exact:
+            return Forward(cache, policy.predictor, state, info, None, None, self.block_names, reason="exact policy")
+        contract = run.contracts.get((self.name, key))
+        observer = None
+        reason = ""
+        if contract is None:
+            observer = Observer(cache.probe_blocks, self.meter.read)
+            reason = "observing"
+        elif contract.refusal:
+            reason = f"refused: {contract.refusal}"
+        return Forward(cache, policy.predictor, state, info, contract, observer, self.block_names, reason=reason)
+
+    def _plain(self, forward: Forward, decision: str, reason: str) -> Forward:
+        """A forward that computes everything."""
+        return Forward(
+            forward.cache, forward.forecast, forward.state, forward.info, None, None, self.block_names, decision, reason
+        )
+
+    def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
+        self.active = forward
+        try:
+            if forward.observer is None:
+                result = original()
+            else:
+                with self.meter.measuring(key):
+                    result = original()
+                self._learn(forward.observer, run, key)
+            forward.finish()
+            return result
+        finally:
+            self.active = None
+
+    def _learn(self, observer: Observer, run: RunState, key: Any) -> None:
+        contract = observer.contract()
+        run.contracts[self.name, key] = contract
+        self.meter.keep(
+            key, [call.flops for call in observer.calls], [call.block for call in observer.calls], self.blocks
+        )
+        if contract.refusal is not None and contract.refusal not in self.refusals:
+            self.refusals[self.name] = contract.refusal
+            if self.session.strict:
+                raise UnsupportedModelError(
+                    f"Blocks of {self.name} ({type(self.module).__name__}) cannot be skipped: {contract.refusal}; "
+                    "remove the cache from the policy, or apply it with strict=False to compute everything."
+                )
+            self.session.stats.warn(f"{self.name} is always computed: {contract.refusal}.")
+
+    def _record(self, run: RunState, forward: Forward, key: Any, seconds: float) -> None:
+        stats = self.session.stats
+        symbols = "".join(forward.symbols)
+        ran = symbols.count(SYMBOLS[COMPUTE]) + symbols.count(SYMBOLS[RECOMPUTE])
+        flops, total = self.meter.of(key, symbols)
+        stats.flops_source = self.meter.source if total else stats.flops_source
+        stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
+        stats.state_bytes = max(stats.state_bytes, run.state_bytes())
+        record = StepRecord(
+            run=run.number,
+            denoiser=self.name,
+            branch=forward.info.branch,
+            step=forward.info.step,
+            sigma=forward.info.sigma,
+            decision=forward.decision,
+            reason=forward.reason,
+            indicator=forward.indicator,
+            forecast_error=forward.forecast_error,
+            blocks_run=ran,
+            blocks_total=len(symbols),
+            attention_density=1.0,
+            seconds=seconds,
+            blocks=symbols,
+            flops=flops,
+            flops_total=total,
+        )
+        self.session.record(record)

@@ -1,0 +1,50 @@
+"""One-off subclasses: change `__call__` or `step` of one instance, never of a class, and take it back exactly.
+
+Why not `forward`, and why not an attribute on the instance: `torch.compile` compiles what lies under `__call__`, so a
+decision made there stays outside compiled code; and a class is not copied, so copies and pickles are plain again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_MARK = "_dit_accel_owner"
+
+
+def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+    """Give `instance` a subclass of its own class with these methods; returns the inverse.
+
+    owner: what `owner_of` answers while the wrap is on.
+    """
+    base = type(instance)
+
+    def reduce_as_base(self: Any, protocol: Any) -> Any:
+        """Copies and pickles are of the plain class: they belong to nobody's session."""
+        reduced = base.__reduce_ex__(self, protocol)
+        if isinstance(reduced, tuple) and len(reduced) > 1:
+            arguments = tuple(base if item is type(self) else item for item in reduced[1])
+            return (reduced[0], arguments, *reduced[2:])
+        return reduced
+
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce_as_base,
+        _MARK: owner,
+        **methods,
+    }
+    wrapped = type(base)(base.__name__, (base,), namespace)
+    instance.__class__ = wrapped
+
+    def unwrap() -> None:
+        if type(instance) is wrapped:
+            instance.__class__ = base
+
+    return unwrap
+
+
+def owner_of(instance: Any) -> Any | None:
+    """The owner of the wrap on this instance, or `None` where it has none."""
+    return getattr(type(instance), _MARK, None)

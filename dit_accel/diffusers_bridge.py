@@ -1,0 +1,58 @@
+"""The only module that touches private names of diffusers, accelerate, cache-dit or torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+_CACHE_HOOK_WORDS = ("cache", "broadcast", "taylor")
+
+
+def components_of(pipe: Any) -> dict[str, Any]:
+    """Named components of a `DiffusionPipeline` or `ModularPipeline`."""
+    components = getattr(pipe, "components", None)
+    return dict(components) if isinstance(components, Mapping) else {}
+
+
+def is_pipeline(target: Any) -> bool:
+    """True for diffusers pipelines, classic and modular."""
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    return isinstance(target, (DiffusionPipeline, ModularPipeline))
+
+
+def takes_timestep(module: nn.Module) -> bool:
+    """True where `forward` is conditioned on a time: what tells a denoiser from an encoder, without class names."""
+    names = inspect.signature(type(module).forward).parameters
+    return "controlnet_cond" not in names and any("time" in name or name == "t" for name in names)
+
+
+def foreign_cache(target: Any, denoisers: Mapping[str, nn.Module]) -> str | None:
+    """A sentence about caching by somebody else that is on already, and how to turn it off; `None` if there is none."""
+    for name, module in denoisers.items():
+        if getattr(module, "is_cache_enabled", False):
+            return f"diffusers caching is enabled on {name}; turn it off with pipe.{name}.disable_cache()"
+        if "_is_cached" in vars(module) or "_context_manager" in vars(module):
+            return f"cache-dit is enabled on {name}; turn it off with cache_dit.disable_cache(pipe)"
+        for child in module.modules():
+            registry = vars(child).get("_diffusers_hook")
+            hooks = getattr(registry, "hooks", None) or {}
+            word = next((hook for hook in hooks if any(w in hook.lower() for w in _CACHE_HOOK_WORDS)), None)
+            if word is not None:
+                return f"the diffusers caching hook {word!r} is on {name}; remove it before apply"
+    if "_context_manager" in vars(target):
+        return "cache-dit is enabled on this pipeline; turn it off with cache_dit.disable_cache(pipe)"
+    return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True where this module or one inside it was compiled in place by `module.compile()`."""
+    return any(vars(child).get("_compiled_call_impl") is not None for child in module.modules())
+
+
+def tensor_version(tensor: Any) -> int | None:
+    """Counter that grows with every in-place write; `None` under inference mode, which keeps none."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,30 @@
+"""The errors that dit_accel raises; each message says what was given, what is allowed and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DitAccelError(Exception):
+    """Base of every error raised on purpose by dit_accel."""
+
+
+class PolicyError(DitAccelError, ValueError):
+    """A policy, or a setting in it, is not allowed."""
+
+
+class UnsupportedModelError(DitAccelError, TypeError):
+    """The pipeline or model cannot be accelerated by the mechanism that was asked for."""
+
+
+class NonFiniteError(DitAccelError, ArithmeticError):
+    """A feature stayed NaN or infinite after it was recomputed."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A sentence that names the nearest allowed word, and all of them."""
+    words = sorted(allowed)
+    close = difflib.get_close_matches(given, words, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}allowed: {', '.join(words)}"

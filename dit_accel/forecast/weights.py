@@ -1,0 +1,56 @@
+"""Forecast weights: every predictor here is sum_j w_j * anchor_j, and only the weights differ.
+
+u: coordinates of the anchors, oldest first, all different; v: the coordinate asked for. Plain floats, no framework.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def reuse_weights(u: Sequence[float], v: float, order: int = 0) -> list[float]:
+    """Order 0: the newest anchor as it is (FORA 2407.01425, FBCache)."""
+    del v, order
+    return [0.0] * (len(u) - 1) + [1.0]
+
+
+def newton_weights(u: Sequence[float], v: float, order: int) -> list[float]:
+    """Newton's divided differences through the newest `order + 1` anchors, at their true, uneven positions.
+
+    The interpolating polynomial is unique, so its weights are Lagrange's: w_j = prod_{m != j} (v - u_m) / (u_j - u_m).
+    Exact on polynomials up to `order`; the order falls to what the anchors allow.
+    """
+    first = max(0, len(u) - order - 1)
+    nodes = u[first:]
+    weights = [
+        math.prod((v - other) / (node - other) for k, other in enumerate(nodes) if k != j)
+        for j, node in enumerate(nodes)
+    ]
+    return [0.0] * first + weights
+
+
+def taylor_weights(u: Sequence[float], v: float, order: int) -> list[float]:
+    """TaylorSeer (2503.06923, eq. 8) as published: differences over the last gap, summed as derivatives x^k / k!.
+
+    Its recursion D_0 = F, D_{k+1} = (D_k now - D_k before) / gap is written out in the anchors. Exact to degree 1 only:
+    from order 2 on it adds backward differences as if they were derivatives, and divides by the last gap alone.
+    """
+    count = len(u)
+    tables: list[list[list[float]]] = []  # tables[n][k]: weights of D_k after anchor n
+    for n in range(count):
+        unit = [1.0 if j == n else 0.0 for j in range(count)]
+        table = [unit]
+        for k in range(min(order, n)):
+            before = tables[n - 1]
+            if k >= len(before):
+                break
+            gap = u[n] - u[n - 1]
+            table.append([(a - b) / gap for a, b in zip(table[k], before[k])])
+        tables.append(table)
+    x = v - u[-1]
+    weights = [0.0] * count
+    for k, difference in enumerate(tables[-1]):
+        factor = x**k / math.factorial(k)
+        weights = [w + factor * d for w, d in zip(weights, difference)]
+    return weights

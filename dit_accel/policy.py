@@ -1,0 +1,150 @@
+"""Policy: one value that says which mechanisms act on a pipeline, and how; saved as JSON or YAML."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_accel.cache import BlockCache
+from dit_accel.errors import PolicyError, nearest
+from dit_accel.forecast import Forecast
+from dit_accel.settings import Settings, from_mapping, schema_of, setting
+
+VERSION = 1
+_FORMATS = (".json", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Policy(Settings):
+    """The mechanisms, one field each; `Policy()` does nothing and is bit-exact.
+
+    cache: when are blocks skipped; forecast: what stands in for them (`None` reuses the last residual).
+    """
+
+    cache: BlockCache | None = setting(None, "when are blocks skipped")
+    forecast: Forecast | None = setting(None, "what stands in for a skipped block; null reuses the last residual")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.forecast is not None and self.cache is None:
+            raise PolicyError(
+                "Policy.forecast is given without Policy.cache, so nothing would be skipped; add a BlockCache."
+            )
+        if self.cache is not None and self.cache.reference == "forecast" and self.predictor.anchors < 2:
+            raise PolicyError(
+                "BlockCache.reference is 'forecast', but nothing is forecast; add Forecast('newton', order=1) or larger."
+            )
+
+    @property
+    def predictor(self) -> Forecast:
+        """The forecast in force: plain reuse where none is given."""
+        return self.forecast or Forecast("reuse", order=0)
+
+    @property
+    def is_exact(self) -> bool:
+        """True where this policy cannot change any result."""
+        return self.cache is None or not self.cache.can_skip
+
+    @staticmethod
+    def named(name: str, **overrides: Any) -> Policy:
+        """A preset or published method by name; overrides are settings of its cache or forecast, or whole fields.
+
+        >>> Policy.named("balanced", threshold=0.2).cache.threshold
+        0.2
+        """
+        from dit_accel.presets import PRESETS
+
+        if name not in PRESETS:
+            raise PolicyError(f"There is no policy named {name!r}; {nearest(name, PRESETS)}.")
+        policy = PRESETS[name].policy
+        whole = {key: overrides.pop(key) for key in ("cache", "forecast") if key in overrides}
+        parts = {key: part for key in ("cache", "forecast") if (part := getattr(policy, key)) is not None}
+        for key, value in overrides.items():
+            owner = next((field for field, part in parts.items() if hasattr(part, key)), None)
+            if owner is None:
+                allowed = [f for part in parts.values() for f in part.to_dict()]
+                raise PolicyError(f"The policy {name!r} has no setting {key!r}; {nearest(key, allowed)}.")
+            parts[owner] = from_mapping(type(parts[owner]), parts[owner].to_dict() | {key: value})
+        return replace(policy, **(parts | whole))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Policy:
+        """Inverse of `to_dict`; unknown keys are errors that name the nearest known one."""
+        if not isinstance(data, Mapping):
+            raise PolicyError(f"A policy is a mapping of cache and forecast; got {type(data).__name__}.")
+        fields = dict(data)
+        version = fields.pop("version", VERSION)
+        if version != VERSION:
+            raise PolicyError(f"This policy has version {version!r}; this dit_accel reads version {VERSION}.")
+        return from_mapping(Policy, fields)
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """The published JSON Schema of policy files."""
+        schema = schema_of(Policy)
+        schema["properties"]["version"] = {"const": VERSION}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "dit_accel policy"} | schema
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON or YAML, by the ending; the file is complete or absent."""
+        path = _checked_path(path)
+        data = {"version": VERSION} | self.to_dict()
+        text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Policy:
+        """Read a JSON or YAML policy file."""
+        path = _checked_path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except OSError as error:
+            raise PolicyError(f"The policy file {path} cannot be read: {error.strerror}.") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise PolicyError(f"The policy file {path} is not valid {path.suffix[1:].upper()}: {error}.") from None
+        return Policy.from_dict(data)
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in _FORMATS:
+        raise PolicyError(f"{path} does not end in {', '.join(_FORMATS)}; policies are saved as JSON or YAML.")
+    return path
+
+
+def as_policy(policy: Policy | str | os.PathLike[str] | Mapping[str, Any]) -> Policy:
+    """Accept a `Policy`, a preset or method name, a dictionary, or the path of a JSON or YAML file."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return Policy.from_dict(policy)
+    if isinstance(policy, os.PathLike) or (isinstance(policy, str) and policy.endswith(_FORMATS)):
+        return Policy.load(policy)
+    if isinstance(policy, str):
+        return Policy.named(policy)
+    raise PolicyError(
+        f"A policy was expected, got {type(policy).__name__}; give a Policy, a name, a dictionary or a .json/.yaml path."
+    )
+
+
+def policies() -> dict[str, str]:
+    """Names that `Policy.named` and `apply` accept, each with one sentence about it."""
+    from dit_accel.presets import PRESETS
+
+    return {name: preset.description for name, preset in PRESETS.items()}

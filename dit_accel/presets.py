@@ -1,0 +1,46 @@
+"""Presets and published methods by name. Recorded measurement behind each preset: docs/presets.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit_accel.cache import BlockCache
+from dit_accel.forecast import Forecast
+from dit_accel.policy import Policy
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named policy and one sentence that says what it is."""
+
+    policy: Policy
+    description: str
+
+
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(Policy(), "computes everything, bit-equal to the plain pipeline; only counts"),
+    "quality": Preset(
+        Policy(BlockCache(threshold=0.06, max_skips=2, warmup=4, tail=2), Forecast("newton", order=1)),
+        "about half of the work, differences hard to see",
+    ),
+    "balanced": Preset(
+        Policy(BlockCache(threshold=0.15, max_skips=4, warmup=3, tail=1), Forecast("newton", order=1)),
+        "about a third of the work",
+    ),
+    "fast": Preset(
+        Policy(BlockCache(threshold=0.3, max_skips=6, warmup=3, tail=1), Forecast("newton", order=1)),
+        "about a quarter of the work, details may change",
+    ),
+    "fbcache": Preset(
+        Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1, tail=0)),
+        "First Block Cache (ParaAttention): reuse while the first block's residual is near the last computed one",
+    ),
+    "fora": Preset(
+        Policy(BlockCache(threshold=None, max_skips=2, warmup=1, tail=0)),
+        "FORA (2407.01425) on the stack: compute every third step, reuse between",
+    ),
+    "taylorseer": Preset(
+        Policy(BlockCache(threshold=None, max_skips=4, warmup=3, tail=0), Forecast("taylor", order=1)),
+        "TaylorSeer (2503.06923) on the stack: compute every fifth step, published Taylor formula between",
+    ),
+}

@@ -1,0 +1,46 @@
+"""Report: the statistics of a session as a few lines of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_accel.session import Session
+
+
+def report_text(session: Session) -> str:
+    """Totals, decisions with their reasons, and why nothing was skipped where nothing was."""
+    stats, totals = session.stats, session.stats.totals
+    lines = [f"dit_accel on {type(session.target).__name__}: {', '.join(session.denoisers)}"]
+    if not totals.calls:
+        lines.append("No denoiser call was seen yet.")
+        if not session._runs and not hasattr(session.target, "scheduler"):
+            lines.append("A bare transformer is accelerated inside `with session.run(): ...` only.")
+    else:
+        lines.append(
+            f"{len(stats.runs)} runs, {totals.calls} denoiser calls: {totals.blocks_run} of {totals.blocks_total} blocks run "
+            f"({totals.compute_share:.1%}), FLOPs share {totals.flops_share:.1%} ({stats.flops_source}), "
+            f"state at most {stats.state_bytes / 2**20:.2f} MiB"
+        )
+        for reason, count in totals.reasons.most_common():
+            lines.append(f"  {count:6d} x {reason}")
+        if totals.blocks_run == totals.blocks_total:
+            lines.append(f"Nothing was skipped: {_why_nothing(session)}.")
+    if stats.nonfinite:
+        lines.append(f"{stats.nonfinite} steps were recomputed because a cached feature was not finite.")
+    lines += [f"Warning: {sentence}" for sentence in stats.warnings]
+    return "\n".join(lines)
+
+
+def _why_nothing(session: Session) -> str:
+    if session.policy.is_exact:
+        return "the policy is exact and computes everything"
+    for attached in session.denoisers.values():
+        for reason in attached.refusals.values():
+            return reason
+    reasons = session.stats.totals.reasons
+    if reasons.get("compute: above threshold"):
+        indicators = [step.indicator for step in session.stats.steps if step.indicator is not None]
+        threshold = session.policy.cache.threshold if session.policy.cache else None
+        return f"the indicator was never below the threshold {threshold:g} (smallest {min(indicators):.3g}); raise it"
+    return f"every step was computed for its schedule ({', '.join(reasons)})"

@@ -1,0 +1,206 @@
+"""Session: a policy in force on one pipeline. Opens and closes sampling runs, and takes everything back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+from dit_accel.denoiser.attach import AttachedDenoiser
+from dit_accel.denoiser.clock import Clock
+from dit_accel.denoiser.find import find_denoisers
+from dit_accel.denoiser.subclass import owner_of, wrap_instance
+from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline
+from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
+from dit_accel.policy import Policy
+from dit_accel.report import report_text
+from dit_accel.state import RunState
+from dit_accel.stats import Stats, StepRecord
+
+
+class Session:
+    """Made by `dit_accel.apply`. Use as a context manager, or call `remove()`.
+
+    policy: what is in force; stats: what it did; target: the pipeline or transformer.
+    """
+
+    def __init__(self, target: Any, policy: Policy, strict: bool):
+        self.target, self.policy, self.strict = target, policy, strict
+        self.stats = Stats()
+        self.denoisers: dict[str, AttachedDenoiser] = {}
+        self.lock = threading.RLock()
+        self._undo = contextlib.ExitStack()
+        self._callbacks: list[Callable[[StepRecord], None]] = []
+        self._run: RunState | None = None
+        self._runs = 0
+        self._scheduler: Any = None
+        self._unwrap_scheduler: Callable[[], None] | None = None
+        self.active = False
+
+    # ------------------------------------------------------------------------------------------- attach and detach
+
+    def attach(self) -> None:
+        """Wrap the target, or leave it untouched: a failure half-way takes back what was done."""
+        modules = find_denoisers(self.target)
+        foreign = foreign_cache(self.target, modules)
+        if foreign is not None:
+            raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
+        for name, module in modules.items():
+            owner = owner_of(module)
+            if owner is not None:
+                raise UnsupportedModelError(
+                    f"{name} already belongs to a session on another object; call remove() on that session first."
+                )
+        with contextlib.ExitStack() as undo:
+            if is_pipeline(self.target):
+                undo.callback(wrap_instance(self.target, self, {"__call__": self._pipeline_call()}))
+                undo.callback(self._release_scheduler)
+            for name, module in modules.items():
+                self.denoisers[name] = AttachedDenoiser(self, name, module)
+                self.denoisers[name].attach(undo)
+            self._undo = undo.pop_all()
+        self.active = True
+
+    def remove(self) -> None:
+        """Take everything back, last first; the target is exactly what it was. Safe to call twice."""
+        with self.lock:
+            self.active = False
+            self._undo.close()
+            self._run = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _pipeline_call(self) -> Callable[..., Any]:
+        base, session = type(self.target), self
+
+        @wraps(base.__call__)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            if pipe is not session.target:
+                return base.__call__(pipe, *args, **kwargs)
+            with session._open_run(None):
+                return base.__call__(pipe, *args, **kwargs)
+
+        return call
+
+    def _hold_scheduler(self) -> Any:
+        """Make the pipeline's scheduler tell the clock about its steps; follows a scheduler that was exchanged."""
+        scheduler = getattr(self.target, "scheduler", None) if is_pipeline(self.target) else None
+        if scheduler is self._scheduler:
+            return scheduler
+        self._release_scheduler()
+        if scheduler is None or not hasattr(type(scheduler), "step"):
+            return None
+        base, session = type(scheduler), self
+        if owner_of(scheduler) is not None:
+            return None  # shared with another wrapped pipeline; the clock then goes by the time step argument
+
+        @wraps(base.step)
+        def step(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            result = base.step(instance, *args, **kwargs)
+            run = session.active_run()
+            if run is not None and instance is session._scheduler:
+                run.clock.tick()
+            return result
+
+        self._unwrap_scheduler = wrap_instance(scheduler, self, {"step": step})
+        self._scheduler = scheduler
+        return scheduler
+
+    def _release_scheduler(self) -> None:
+        if self._unwrap_scheduler is not None:
+            self._unwrap_scheduler()
+        self._scheduler = self._unwrap_scheduler = None
+
+    # --------------------------------------------------------------------------------------------------------- runs
+
+    @contextlib.contextmanager
+    def run(self, steps: int | None = None) -> Iterator[Session]:
+        """Mark one sampling run of a bare transformer. steps: its number of steps, so that the tail can be kept."""
+        if is_pipeline(self.target):
+            raise DitAccelError("session.run() is for bare transformers; a wrapped pipeline opens its runs by itself.")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise PolicyError(
+                f"session.run() got steps={steps!r}; give the number of steps as an integer of at least 1."
+            )
+        with self._open_run(steps):
+            yield self
+
+    @contextlib.contextmanager
+    def _open_run(self, steps: int | None) -> Iterator[None]:
+        """One run: fresh state before, none after, whatever happens between. Threads take turns."""
+        with self.lock:
+            self._check_still_ours()
+            earlier = self._run
+            scheduler = self._hold_scheduler()
+            clock = Clock(self.target if scheduler is not None else None, scheduler, steps)
+            self._run = RunState(self._runs, clock)
+            self._runs += 1
+            for attached in self.denoisers.values():
+                attached.context = None
+            try:
+                yield
+            finally:
+                self._run = earlier
+
+    def active_run(self) -> RunState | None:
+        """The run that this thread is in."""
+        run = self._run
+        return run if run is not None and run.thread == threading.get_ident() else None
+
+    def _check_still_ours(self) -> None:
+        """Things that may have changed since `apply`: another cache was put on, a component was exchanged."""
+        modules = {name: attached.module for name, attached in self.denoisers.items()}
+        foreign = foreign_cache(self.target, modules)
+        if foreign is not None:
+            raise UnsupportedModelError(f"Another cache was put on after apply: {foreign}.")
+        components = components_of(self.target) if is_pipeline(self.target) else modules
+        for name, module in modules.items():
+            if components.get(name) is not module:
+                self.stats.warn(f"{name} was exchanged after apply, so it is not accelerated; call apply again.")
+
+    def check_steps(self, run: RunState) -> None:
+        """Refuse a run that is too short for the policy to skip anything (under strict)."""
+        cache, total = self.policy.cache, run.clock.total
+        if cache is None or self.policy.is_exact or total is None or total >= cache.fewest_steps:
+            return
+        sentence = (
+            f"{total} steps are too few for this policy, which computes {cache.warmup} at the start and {cache.tail} at the "
+            f"end: give at least {cache.fewest_steps} steps, lower warmup or tail, or use the policy 'exact'."
+        )
+        if self.strict:
+            raise PolicyError(sentence)
+        self.stats.warn(sentence)
+
+    # ------------------------------------------------------------------------------------------------------ results
+
+    def record(self, record: StepRecord) -> None:
+        """Count a denoiser call and tell the listeners."""
+        self.stats.add(record)
+        for callback in self._callbacks:
+            callback(record)
+
+    def on_step(self, callback: Callable[[StepRecord], None]) -> Callable[[StepRecord], None]:
+        """Call `callback(record)` after every denoiser call; returns it, so that it works as a decorator."""
+        self._callbacks.append(callback)
+        return callback
+
+    def reset(self) -> None:
+        """Forget all statistics and any state."""
+        with self.lock:
+            self.stats.clear()
+            if self._run is not None:
+                self._run.branches.clear()
+
+    def report(self) -> str:
+        """What was computed, skipped and forecast, in words; and why nothing was, if nothing was."""
+        return report_text(self)
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"Session({type(self.target).__name__}, {state}, flops_share={self.stats.flops_share:.3f})"
