@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +53,24 @@ def foreign_cache(target: Any, denoisers: Mapping[str, nn.Module]) -> str | None
 def is_compiled(module: nn.Module) -> bool:
     """True where this module or one inside it was compiled in place by `module.compile()`."""
     return any(vars(child).get("_compiled_call_impl") is not None for child in module.modules())
+
+
+def hides_from_counters(module: nn.Module) -> bool:
+    """True where a dispatch mode would not see the operators, or break them: blocks compiled in place, and flex
+    attention, which compiles itself and refuses to under a foreign mode (torch 2.13). Flex is told by the source of the
+    files that the modules and their attention processors come from, or by the backend that was set."""
+    processors = [p for child in module.modules() if (p := getattr(child, "processor", None)) is not None]
+    files = {type(item).__module__ for item in (*module.modules(), *processors)}
+    backends = {str(getattr(getattr(p, "_attention_backend", None), "value", "")) for p in processors}
+    return "flex" in backends or any(_names_flex(file) for file in files) or is_compiled(module)
+
+
+@functools.cache
+def _names_flex(module_name: str) -> bool:
+    try:
+        return "flex_attention" in inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):  # no source: built-in, or made at run time
+        return False
 
 
 def tensor_version(tensor: Any) -> int | None:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
+from torch import nn
+
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
-from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline
+from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
@@ -44,6 +46,7 @@ class Session:
     def attach(self) -> None:
         """Wrap the target, or leave it untouched: a failure half-way takes back what was done."""
         modules = find_denoisers(self.target)
+        self._check_time(modules)
         foreign = foreign_cache(self.target, modules)
         if foreign is not None:
             raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
@@ -62,6 +65,15 @@ class Session:
                 self.denoisers[name].attach(undo)
             self._undo = undo.pop_all()
         self.active = True
+
+    def _check_time(self, modules: dict[str, nn.Module]) -> None:
+        """A bare module without a time step has no steps to skip work between."""
+        timeless = [type(module).__name__ for module in modules.values() if not takes_timestep(module)]
+        if timeless and not self.policy.is_exact:
+            sentence = f"{timeless[0]} takes no time step, so it has no denoising steps to skip work between"
+            if self.strict:
+                raise UnsupportedModelError(f"{sentence}; give a denoiser, or use the policy 'exact'.")
+            self.stats.warn(f"{sentence}; it is always computed.")
 
     def remove(self) -> None:
         """Take everything back, last first; the target is exactly what it was. Safe to call twice."""

@@ -124,8 +124,9 @@ class AttachedDenoiser:
             state.drop()
             state.key = key
         cache = policy.cache
-        if cache is None or policy.is_exact:
-            return Forward(cache, policy.predictor, state, info, None, None, self.block_names, reason="exact policy")
+        if cache is None or policy.is_exact or not self.time_argument.names:
+            why = "exact policy" if policy.is_exact else "no time step"
+            return Forward(cache, policy.predictor, state, info, None, None, self.block_names, reason=why)
         contract = run.contracts.get((self.name, key))
         observer = None
         reason = ""

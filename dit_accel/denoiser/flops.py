@@ -1,27 +1,52 @@
-"""FLOPs of a denoiser, counted by torch's own counter in the first observed forward of each input shape."""
+"""FLOPs of a denoiser, counted with torch's own formulas in the first observed forward of each input shape."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from dit_accel.diffusers_bridge import is_compiled
+from dit_accel.diffusers_bridge import hides_from_counters
 from dit_accel.stats import COMPUTE, RECOMPUTE, SYMBOLS
 
 
-def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """FLOPs of dense attention from the shapes [B, H, S, D] of query, key and value: two products, 2 FLOPs a step."""
-    batch, heads, rows, width = query
-    return 2 * batch * heads * rows * key[2] * (width + value[3])
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of dense attention on query, key and value [B, H, S, D]: two products, two FLOPs a multiply-add."""
+    batch, heads, rows, width = query.shape
+    return 2 * batch * heads * rows * key.shape[2] * (width + value.shape[3])
 
 
-# The counter knows CUDA's attention kernels, but not the one that runs on a CPU (torch 2.13).
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+# torch 2.13 has formulas for CUDA's attention kernels, but none for the one that runs on a CPU.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs of the operators that pass. torch's FlopCounterMode also tracks modules with autograd hooks, which
+    breaks models that switch gradients on inside their forward (BriaFibo2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # under inference mode, composite operators such as linear arrive whole
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs)
+        self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
 
 
 class FlopMeter:
@@ -30,35 +55,36 @@ class FlopMeter:
     def __init__(self, module: nn.Module):
         self.module = module
         self.tables: dict[Any, tuple[int, tuple[int, ...]]] = {}  # key -> FLOPs of the forward, and of each block call
-        self.source = "measured"
-        self._counter: FlopCounterMode | None = None
+        self.source = "parameters" if hides_from_counters(module) else "measured"
+        self._counter: _Counter | None = None
         self._total = 0
 
     def read(self) -> int:
         """FLOPs counted so far in this forward."""
-        return self._counter.get_total_flops() if self._counter is not None else 0
+        return self._counter.total if self._counter is not None else 0
 
     @contextlib.contextmanager
     def measuring(self, key: Any) -> Iterator[None]:
         """Count the forward inside, unless this shape is known or compiled code would hide from the counter."""
-        if key in self.tables or is_compiled(self.module):
+        self.source = "parameters" if hides_from_counters(self.module) else "measured"
+        if key in self.tables or self.source == "parameters":
             yield
             return
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as self._counter:
-            try:
+        self._counter = _Counter()
+        try:
+            with self._counter:
                 yield
-                self._total = self.read()
-            finally:
-                self._counter = None
+            self._total = self._counter.total
+        finally:
+            self._counter = None
 
     def keep(
         self, key: Any, flops: Sequence[int], numbers: Sequence[int], blocks: Sequence[tuple[nn.Module, str]]
     ) -> None:
-        """Remember what was counted; compiled models are weighed by their parameters instead."""
+        """Remember what was counted; a model that hides from the counter is weighed by its parameters instead."""
         if key in self.tables:
             return
-        if is_compiled(self.module):
-            self.source = "parameters"
+        if self.source == "parameters":
             sizes = [sum(p.numel() for p in block.parameters()) for block, _ in blocks]
             flops = [sizes[number] for number in numbers]
             self._total = sum(p.numel() for p in self.module.parameters())

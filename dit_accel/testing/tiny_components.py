@@ -25,12 +25,12 @@ MILD_NOISE = {"beta_start": 1e-4, "beta_end": 4e-3}
 MILD_NOISE_UNCLIPPED = {**MILD_NOISE, "clip_sample": False}
 
 
-def split_blocks(blocks: int) -> tuple[int, int]:
-    """Numbers of double-stream and single-stream blocks that add up to `blocks`."""
+def split_blocks(blocks: int, names: tuple[str, str] = ("num_layers", "num_single_layers")) -> dict[str, int]:
+    """Numbers of double-stream and single-stream blocks that add up to `blocks`, under the models' names for them."""
     if blocks < 2:
         raise ValueError(f"a model with two kinds of blocks needs at least 2 of them, not {blocks}")
     double = 2 if blocks > 3 else 1
-    return double, blocks - double
+    return dict(zip(names, (double, blocks - double), strict=True))
 
 
 def text_states(channels: int = TEXT_DIM, tokens: int = TEXT_TOKENS) -> torch.Tensor:
@@ -155,6 +155,84 @@ def ltx_vae() -> diffusers.AutoencoderKLLTXVideo:
         spatio_temporal_scaling=(True, True, True, False),
         decoder_spatio_temporal_scaling=(True, True, True, False),
         patch_size=1,
+    )
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    """The FLUX.2 autoencoder, which keeps the size."""
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+    )
+
+
+def hunyuan_image_vae() -> diffusers.AutoencoderKLHunyuanImage:
+    """The HunyuanImage autoencoder, 8 times smaller in space."""
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+        sample_size=64,
+        scaling_factor=0.75,
+    )
+
+
+def hunyuan_video_vae() -> diffusers.AutoencoderKLHunyuanVideo:
+    """The HunyuanVideo autoencoder, 8 times smaller in space and 4 times in time."""
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+
+
+def hunyuan_video15_vae() -> diffusers.AutoencoderKLHunyuanVideo15:
+    """The HunyuanVideo 1.5 autoencoder, 16 times smaller in space and 4 times in time."""
+    return diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(32, 32, 32, 32, 32), layers_per_block=1
+    )
+
+
+def allegro_vae() -> diffusers.AutoencoderKLAllegro:
+    """The Allegro autoencoder, 8 times smaller in space and 4 times in time."""
+    return diffusers.AutoencoderKLAllegro(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+
+
+def cosmos_vae() -> diffusers.AutoencoderKLCosmos:
+    """The Cosmos autoencoder, 8 times smaller in space and in time."""
+    return diffusers.AutoencoderKLCosmos(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decode_block_out_channels=(4, 4, 4, 4),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+    )
+
+
+def magvit_vae() -> diffusers.AutoencoderKLMagvit:
+    """The EasyAnimate autoencoder, 8 times smaller in space and 4 times in time."""
+    return diffusers.AutoencoderKLMagvit(
+        latent_channels=LATENT_CHANNELS, block_out_channels=[4, 4, 4, 4], layers_per_block=1, norm_num_groups=2
+    )
+
+
+def mochi_vae(channels: int) -> diffusers.AutoencoderKLMochi:
+    """The Mochi autoencoder, 8 times smaller in space and 6 times in time."""
+    return diffusers.AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        latent_channels=channels,
+        layers_per_block=(1, 1, 1, 1, 1),
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
     )
 
 

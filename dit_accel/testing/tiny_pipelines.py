@@ -28,17 +28,25 @@ from dit_accel.testing.tiny_components import (
     TEXT_DIM,
     TEXT_TOKENS,
     WIDTH,
+    allegro_vae,
     cogvideox_vae,
+    cosmos_vae,
     deep_compression_vae,
     enliven,
     flow_scheduler,
     flow_unipc,
     flow_vae,
+    flux2_vae,
     guided,
+    hunyuan_image_vae,
+    hunyuan_video15_vae,
+    hunyuan_video_vae,
     image_picture,
     image_tensor,
     image_vae,
     ltx_vae,
+    magvit_vae,
+    mochi_vae,
     qwen_vae,
     split_blocks,
     text_mask,
@@ -68,8 +76,7 @@ class Parts(NamedTuple):
 Factory = Callable[[int], Parts]
 _FACTORIES: dict[str, Factory] = {}
 
-# Latent pixels that a packed token covers (2 by 2), and the channels that such a token has.
-PACKED_CHANNELS = 4 * LATENT_CHANNELS
+PACKED_CHANNELS = 4 * LATENT_CHANNELS  # for models whose tokens are 2 by 2 latent pixels
 ROPE_AXES = (4, 6, 6)
 IMAGE_SIZE = {"height": HEIGHT, "width": WIDTH}
 IMAGE_SIZE_8 = {"height": 8 * HEIGHT, "width": 8 * WIDTH}
@@ -77,6 +84,12 @@ NO_TEXT = {"text_encoder": None, "tokenizer": None}
 NO_TEXT_2 = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None}
 NO_TEXT_3 = {**NO_TEXT_2, "text_encoder_3": None, "tokenizer_3": None}
 ATTENTION = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
+CROSS_ATTENTION = {
+    "num_cross_attention_heads": HEADS,
+    "cross_attention_head_dim": HEAD_DIM,
+    "cross_attention_dim": HIDDEN,
+}
+LATENTS = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
 STRENGTH = 0.7  # from image to image: of 6 steps the last 4 or 5 are left
 
 
@@ -131,15 +144,7 @@ def _pixart_sigma(blocks: int) -> Parts:
 @_register("sana")
 def _sana(blocks: int) -> Parts:
     transformer = diffusers.SanaTransformer2DModel(
-        **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=blocks,
-        num_cross_attention_heads=HEADS,
-        cross_attention_head_dim=HEAD_DIM,
-        cross_attention_dim=HIDDEN,
-        caption_channels=TEXT_DIM,
-        sample_size=8,
+        **ATTENTION, **LATENTS, num_layers=blocks, **CROSS_ATTENTION, caption_channels=TEXT_DIM, sample_size=8
     )
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -208,8 +213,7 @@ def _sd3_options(blocks: int) -> dict:
     return {
         **ATTENTION,
         "sample_size": 8,
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
+        **LATENTS,
         "num_layers": blocks,
         "joint_attention_dim": TEXT_DIM,
         "caption_projection_dim": HIDDEN,
@@ -253,12 +257,10 @@ def _sd3_controlnet(blocks: int) -> Parts:
 
 
 def _flux_options(blocks: int) -> dict:
-    double, single = split_blocks(blocks)
     return {
         **ATTENTION,
         "in_channels": PACKED_CHANNELS,
-        "num_layers": double,
-        "num_single_layers": single,
+        **split_blocks(blocks),
         "joint_attention_dim": TEXT_DIM,
         "pooled_projection_dim": TEXT_DIM,
         "guidance_embeds": True,
@@ -341,36 +343,24 @@ def _flux_modular(blocks: int) -> Parts:
 
 @_register("flux2")
 def _flux2(blocks: int) -> Parts:
-    double, single = split_blocks(blocks)
     transformer = diffusers.Flux2Transformer2DModel(
         **ATTENTION,
         in_channels=PACKED_CHANNELS,
-        num_layers=double,
-        num_single_layers=single,
+        **split_blocks(blocks),
         joint_attention_dim=TEXT_DIM,
         axes_dims_rope=(4, 4, 4, 4),
     )
-    vae = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        block_out_channels=(4,),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=1,
-    )
     scheduler = flow_scheduler(use_dynamic_shifting=True)
-    pipe = diffusers.Flux2Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **NO_TEXT)
+    pipe = diffusers.Flux2Pipeline(transformer=transformer, vae=flux2_vae(), scheduler=scheduler, **NO_TEXT)
     return Parts(pipe, {"prompt_embeds": text_states(), **IMAGE_SIZE})
 
 
 @_register("chroma")
 def _chroma(blocks: int) -> Parts:
-    double, single = split_blocks(blocks)
     transformer = diffusers.ChromaTransformer2DModel(
         **ATTENTION,
         in_channels=PACKED_CHANNELS,
-        num_layers=double,
-        num_single_layers=single,
+        **split_blocks(blocks),
         joint_attention_dim=TEXT_DIM,
         axes_dims_rope=ROPE_AXES,
         approximator_num_channels=16,
@@ -386,14 +376,11 @@ def _chroma(blocks: int) -> Parts:
 
 @_register("auraflow")
 def _auraflow(blocks: int) -> Parts:
-    double, single = split_blocks(blocks)
     transformer = diffusers.AuraFlowTransformer2DModel(
         **ATTENTION,
         sample_size=8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_mmdit_layers=double,
-        num_single_dit_layers=single,
+        **LATENTS,
+        **split_blocks(blocks, ("num_mmdit_layers", "num_single_dit_layers")),
         joint_attention_dim=TEXT_DIM,
         caption_projection_dim=HIDDEN,
         pos_embed_max_size=256,
@@ -473,8 +460,7 @@ def _zimage(blocks: int) -> Parts:
 def _cogview3plus(blocks: int) -> Parts:
     transformer = diffusers.CogView3PlusTransformer2DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         num_layers=blocks,
         text_embed_dim=TEXT_DIM,
         time_embed_dim=HIDDEN,
@@ -491,8 +477,7 @@ def _cogview3plus(blocks: int) -> Parts:
 def _cogview4(blocks: int) -> Parts:
     transformer = diffusers.CogView4Transformer2DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         num_layers=blocks,
         text_embed_dim=TEXT_DIM,
         time_embed_dim=HIDDEN,
@@ -511,31 +496,18 @@ def _cogview4(blocks: int) -> Parts:
 
 @_register("hunyuan_image")
 def _hunyuan_image(blocks: int) -> Parts:
-    double, single = split_blocks(blocks)
     transformer = diffusers.HunyuanImageTransformer2DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=double,
-        num_single_layers=single,
+        **LATENTS,
+        **split_blocks(blocks),
         num_refiner_layers=1,
         text_embed_dim=TEXT_DIM,
         text_embed_2_dim=TEXT_DIM,
         rope_axes_dim=(8, 8),
     )
-    vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=8,
-        sample_size=64,
-        scaling_factor=0.75,
-    )
     pipe = diffusers.HunyuanImagePipeline(
         transformer=transformer,
-        vae=vae,
+        vae=hunyuan_image_vae(),
         scheduler=flow_scheduler(shift=5.0),
         guider=diffusers.AdaptiveProjectedMixGuidance(),
         **NO_TEXT_2,
@@ -604,8 +576,7 @@ def _krea2(blocks: int) -> Parts:
 def _cogvideox_parts(pipeline_class: type, blocks: int, rotary: bool, arguments: dict) -> Parts:
     transformer = diffusers.CogVideoXTransformer3DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         time_embed_dim=HIDDEN,
         text_embed_dim=TEXT_DIM,
         num_layers=blocks,
@@ -633,12 +604,7 @@ def _cogvideox_v2v(blocks: int) -> Parts:
 
 def _ltx_parts(pipeline_class: type, blocks: int, arguments: dict) -> Parts:
     transformer = diffusers.LTXVideoTransformer3DModel(
-        **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        cross_attention_dim=HIDDEN,
-        num_layers=blocks,
-        caption_channels=TEXT_DIM,
+        **ATTENTION, **LATENTS, cross_attention_dim=HIDDEN, num_layers=blocks, caption_channels=TEXT_DIM
     )
     scheduler = flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.1)
     pipe = pipeline_class(transformer=transformer, vae=ltx_vae(), scheduler=scheduler, **NO_TEXT)
@@ -662,8 +628,7 @@ WAN_SIZE = {"height": 48, "width": 64, "num_frames": 9}
 def _wan_options(blocks: int) -> dict:
     return {
         **ATTENTION,
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
+        **LATENTS,
         "text_dim": TEXT_DIM,
         "freq_dim": HIDDEN,
         "ffn_dim": 2 * HIDDEN,
@@ -727,12 +692,9 @@ def _skyreels_v2(blocks: int) -> Parts:
 def _sana_video(blocks: int) -> Parts:
     transformer = diffusers.SanaVideoTransformer3DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         num_layers=blocks,
-        num_cross_attention_heads=HEADS,
-        cross_attention_head_dim=HEAD_DIM,
-        cross_attention_dim=HIDDEN,
+        **CROSS_ATTENTION,
         caption_channels=TEXT_DIM,
         sample_size=8,
         rope_max_seq_len=32,
@@ -742,35 +704,24 @@ def _sana_video(blocks: int) -> Parts:
     )
     pipe = diffusers.SanaVideoPipeline(transformer=transformer, vae=wan_vae(), scheduler=scheduler, **NO_TEXT)
     arguments = guided(
-        mask="prompt_attention_mask",
-        height=32,
-        width=64,
-        frames=9,
-        negative_prompt=None,
-        use_resolution_binning=False,
+        mask="prompt_attention_mask", height=32, width=64, frames=9, negative_prompt=None, use_resolution_binning=False
     )
     return Parts(pipe, arguments)
 
 
 @_register("hunyuan_video")
 def _hunyuan_video(blocks: int) -> Parts:
-    double, single = split_blocks(blocks)
     transformer = diffusers.HunyuanVideoTransformer3DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=double,
-        num_single_layers=single,
+        **LATENTS,
+        **split_blocks(blocks),
         num_refiner_layers=1,
         text_embed_dim=TEXT_DIM,
         pooled_projection_dim=TEXT_DIM,
         rope_axes_dim=ROPE_AXES,
     )
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
-    )
     pipe = diffusers.HunyuanVideoPipeline(
-        transformer=transformer, vae=vae, scheduler=flow_scheduler(shift=7.0), **NO_TEXT_2
+        transformer=transformer, vae=hunyuan_video_vae(), scheduler=flow_scheduler(shift=7.0), **NO_TEXT_2
     )
     prompt = {
         "prompt_embeds": text_states(),
@@ -795,12 +746,9 @@ def _hunyuan_video15(blocks: int) -> Parts:
         target_size=64,
         task_type="t2v",
     )
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=LATENT_CHANNELS, block_out_channels=(32, 32, 32, 32, 32), layers_per_block=1
-    )
     pipe = diffusers.HunyuanVideo15Pipeline(
         transformer=transformer,
-        vae=vae,
+        vae=hunyuan_video15_vae(),
         scheduler=flow_scheduler(shift=5.0),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
         **NO_TEXT_2,
@@ -825,16 +773,8 @@ def _mochi(blocks: int) -> Parts:
         time_embed_dim=HIDDEN,
         max_sequence_length=TEXT_TOKENS,
     )
-    vae = diffusers.AutoencoderKLMochi(
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        latent_channels=channels,
-        layers_per_block=(1, 1, 1, 1, 1),
-        latents_mean=[0.1] * channels,
-        latents_std=[1.5] * channels,
-    )
     pipe = diffusers.MochiPipeline(
-        transformer=transformer, vae=vae, scheduler=flow_scheduler(invert_sigmas=True), **NO_TEXT
+        transformer=transformer, vae=mochi_vae(channels), scheduler=flow_scheduler(invert_sigmas=True), **NO_TEXT
     )
     return Parts(pipe, guided("prompt_attention_mask", height=32, width=64, num_frames=13))
 
@@ -870,8 +810,7 @@ def _allegro(blocks: int) -> Parts:
     transformer = diffusers.AllegroTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=head_dim,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         num_layers=blocks,
         cross_attention_dim=HEADS * head_dim,
         sample_height=4,
@@ -879,11 +818,8 @@ def _allegro(blocks: int) -> Parts:
         sample_frames=2,
         caption_channels=TEXT_DIM,
     )
-    vae = diffusers.AutoencoderKLAllegro(
-        latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
-    )
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**MILD_NOISE)
-    pipe = diffusers.AllegroPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **NO_TEXT)
+    pipe = diffusers.AllegroPipeline(transformer=transformer, vae=allegro_vae(), scheduler=scheduler, **NO_TEXT)
     size = {"height": 32, "width": 64, "num_frames": 8}
     return Parts(pipe, guided("prompt_attention_mask", **size, negative_prompt=None))
 
@@ -905,8 +841,7 @@ class _PermissiveChecker:
 def _cosmos(blocks: int) -> Parts:
     transformer = diffusers.CosmosTransformer3DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         num_layers=blocks,
         mlp_ratio=2.0,
         text_embed_dim=TEXT_DIM,
@@ -914,19 +849,11 @@ def _cosmos(blocks: int) -> Parts:
         max_size=(4, 16, 16),
         concat_padding_mask=False,  # the other way needs torchvision
     )
-    vae = diffusers.AutoencoderKLCosmos(
-        latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(4, 4, 4, 4),
-        decode_block_out_channels=(4, 4, 4, 4),
-        attention_resolutions=(8,),
-        resolution=64,
-        num_layers=1,
-    )
     scheduler = diffusers.EDMEulerScheduler(
         sigma_max=80.0, sigma_min=0.002, sigma_data=0.5, final_sigmas_type="sigma_min"
     )
     pipe = diffusers.CosmosTextToWorldPipeline(
-        transformer=transformer, vae=vae, scheduler=scheduler, safety_checker=_PermissiveChecker(), **NO_TEXT
+        transformer=transformer, vae=cosmos_vae(), scheduler=scheduler, safety_checker=_PermissiveChecker(), **NO_TEXT
     )
     return Parts(pipe, guided(height=32, width=64, num_frames=9))
 
@@ -935,8 +862,7 @@ def _cosmos(blocks: int) -> Parts:
 def _easyanimate(blocks: int) -> Parts:
     transformer = diffusers.EasyAnimateTransformer3DModel(
         **ATTENTION,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        **LATENTS,
         patch_size=2,
         sample_width=8,
         sample_height=4,
@@ -945,11 +871,8 @@ def _easyanimate(blocks: int) -> Parts:
         time_embed_dim=HIDDEN,
         text_embed_dim=TEXT_DIM,
     )
-    vae = diffusers.AutoencoderKLMagvit(
-        latent_channels=LATENT_CHANNELS, block_out_channels=[4, 4, 4, 4], layers_per_block=1, norm_num_groups=2
-    )
     pipe = diffusers.EasyAnimatePipeline(
-        transformer=transformer, vae=vae, scheduler=flow_scheduler(shift=5.0), **NO_TEXT
+        transformer=transformer, vae=magvit_vae(), scheduler=flow_scheduler(shift=5.0), **NO_TEXT
     )
     return Parts(pipe, guided("prompt_attention_mask", height=32, width=64, num_frames=5))
 

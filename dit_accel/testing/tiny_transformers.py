@@ -45,6 +45,7 @@ NOT_BUILDABLE: dict[str, str] = {}
 # Class name -> time arguments that rise from noise to data in the model's own pipeline.
 RISING_TIME: dict[str, tuple[str, ...]] = {
     "Ideogram4Transformer2DModel": ("timestep",),
+    "LongCatAudioDiTTransformer": ("timestep",),
     "Lumina2Transformer2DModel": ("timestep",),
     "LuminaNextDiT2DModel": ("timestep",),
     "MiniMaxH3Transformer3DModel": ("timestep",),
@@ -86,8 +87,8 @@ CASES: dict[str, TinyTransformer] = {
 def _redraw(model: nn.Module, seed: int) -> None:
     """Give every parameter that carries no usable random start small seeded normal noise.
 
-    Those are parameters that are all zero, that are not finite (uninitialised memory, see `build`), and biases of
-    zero, which get the same treatment for free.
+    Those are parameters that are all zero (gates, output projections, zero biases) and parameters that are not finite
+    (uninitialised memory, see `build`).
     """
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -98,9 +99,15 @@ def _redraw(model: nn.Module, seed: int) -> None:
 
 
 def build(name: str, blocks: int = 6, seed: int = 0) -> nn.Module:
-    """Build the tiny model of a class, with weights fixed by the seed and no parameter left at zero."""
+    """Build the tiny model of a class, with weights fixed by the seed and no parameter left at zero.
+
+    `blocks` counts the main stack; models with a double and a single list get 2 double blocks and the rest single, and
+    HunyuanDiT rounds up to an even number of at least 4.
+    """
     if name not in CASES:
         raise KeyError(NOT_BUILDABLE.get(name, f"unknown transformer class {name!r}"))
+    if blocks < 2:
+        raise ValueError(f"a tiny transformer needs at least 2 blocks, got {blocks}")
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory
