@@ -10,7 +10,7 @@ export TRANSFORMERS_VERBOSITY := error
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
 	@echo "make test    static checks and the test suite"
-	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under benchmarks/results)"
+	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under pipelines/tiny-flux/results)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +38,9 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/tiny_flux.py
+	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 1 --out pipelines/tiny-flux/results
+	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
+	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
 
 clean:
 	rm -rf $(VENV) outputs

@@ -26,10 +26,11 @@ def apply(
     checked = as_policy(policy)
     session = Session(target, checked, strict)
     earlier = owner_of(target)
-    if earlier is None:
+    if earlier is None or earlier.target is not target:  # a component of another session's target: attach refuses it
         session.attach()
         return session
     with earlier.lock:
+        session.check(replaces=earlier)
         earlier.remove()
         try:
             session.attach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -20,6 +21,12 @@ class UnsupportedModelError(DitAccelError, TypeError):
 
 class NonFiniteError(DitAccelError, ArithmeticError):
     """A feature stayed NaN or infinite after it was recomputed."""
+
+
+def shown(value: object) -> str:
+    """`repr` of a value that somebody gave, cut to what fits in a sentence."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

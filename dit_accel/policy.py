@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,15 @@ class Policy(Settings):
         if name not in PRESETS:
             raise PolicyError(f"There is no policy named {name!r}; {nearest(name, PRESETS)}.")
         policy = PRESETS[name].policy
-        whole = {key: overrides.pop(key) for key in ("cache", "forecast") if key in overrides}
-        parts = {key: part for key in ("cache", "forecast") if (part := getattr(policy, key)) is not None}
+        whole = {key: overrides.pop(key, getattr(policy, key)) for key in ("cache", "forecast")}
+        parts = {key: value.to_dict() for key, value in whole.items() if isinstance(value, Settings)}
         for key, value in overrides.items():
-            owner = next((field for field, part in parts.items() if hasattr(part, key)), None)
+            owner = next((settings for settings in parts.values() if key in settings), None)
             if owner is None:
-                allowed = [f for part in parts.values() for f in part.to_dict()]
+                allowed = ["cache", "forecast", *(known for settings in parts.values() for known in settings)]
                 raise PolicyError(f"The policy {name!r} has no setting {key!r}; {nearest(key, allowed)}.")
-            parts[owner] = from_mapping(type(parts[owner]), parts[owner].to_dict() | {key: value})
-        return replace(policy, **(parts | whole))
+            owner[key] = value
+        return from_mapping(Policy, whole | parts)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Policy:
@@ -116,8 +116,9 @@ class Policy(Settings):
             data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except OSError as error:
             raise PolicyError(f"The policy file {path} cannot be read: {error.strerror}.") from None
-        except (ValueError, yaml.YAMLError) as error:
-            raise PolicyError(f"The policy file {path} is not valid {path.suffix[1:].upper()}: {error}.") from None
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise PolicyError(f"The policy file {path} is not valid {path.suffix[1:].upper()}: {reason}.") from None
         return Policy.from_dict(data)
 
 

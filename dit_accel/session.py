@@ -45,17 +45,7 @@ class Session:
 
     def attach(self) -> None:
         """Wrap the target, or leave it untouched: a failure half-way takes back what was done."""
-        modules = find_denoisers(self.target)
-        self._check_time(modules)
-        foreign = foreign_cache(self.target, modules)
-        if foreign is not None:
-            raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
-        for name, module in modules.items():
-            owner = owner_of(module)
-            if owner is not None:
-                raise UnsupportedModelError(
-                    f"{name} already belongs to a session on another object; call remove() on that session first."
-                )
+        modules = self.check()
         with contextlib.ExitStack() as undo:
             if is_pipeline(self.target):
                 undo.callback(wrap_instance(self.target, self, {"__call__": self._pipeline_call()}))
@@ -65,6 +55,23 @@ class Session:
                 self.denoisers[name].attach(undo)
             self._undo = undo.pop_all()
         self.active = True
+
+    def check(self, replaces: Session | None = None) -> dict[str, nn.Module]:
+        """The denoisers that `attach` would wrap, or the error that says why it may not; changes nothing.
+
+        replaces: the session that is about to be removed from the same target.
+        """
+        modules = find_denoisers(self.target)
+        self._check_time(modules)
+        foreign = foreign_cache(self.target, modules)
+        if foreign is not None:
+            raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
+        for name, module in modules.items():
+            if owner_of(module) not in (None, replaces):
+                raise UnsupportedModelError(
+                    f"{name} already belongs to a session on another object; call remove() on that session first."
+                )
+        return modules
 
     def _check_time(self, modules: dict[str, nn.Module]) -> None:
         """A bare module without a time step has no steps to skip work between."""
@@ -140,6 +147,8 @@ class Session:
             raise PolicyError(
                 f"session.run() got steps={steps!r}; give the number of steps as an integer of at least 1."
             )
+        if not self.active:
+            raise DitAccelError("This session was removed, so nothing would be skipped; call apply again.")
         with self._open_run(steps):
             yield self
 
@@ -154,7 +163,7 @@ class Session:
             self._run = RunState(self._runs, clock)
             self._runs += 1
             for attached in self.denoisers.values():
-                attached.context = None
+                attached.here.context = None
             try:
                 yield
             finally:

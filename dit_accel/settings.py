@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from dit_accel.errors import PolicyError, nearest
+from dit_accel.errors import PolicyError, nearest, shown
 
 T = TypeVar("T")
+_LARGEST = sys.float_info.max
 _JSON_TYPES = {float: "number", int: "integer", str: "string", bool: "boolean", types.NoneType: "null"}
 
 
@@ -35,14 +37,14 @@ class Settings:
         for field, allowed in fields_of(type(self)):
             value = getattr(self, field.name)
             where = f"{type(self).__name__}.{field.name}"
-            if type(value) is int and float in allowed and int not in allowed:
+            if type(value) is int and float in allowed and int not in allowed and abs(value) <= _LARGEST:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if not any(
                 type(value) is kind or (dataclasses.is_dataclass(kind) and isinstance(value, kind)) for kind in allowed
             ):
                 names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in allowed)
-                raise PolicyError(f"{where} is {value!r} ({type(value).__name__}); give {names}.")
+                raise PolicyError(f"{where} is {shown(value)} ({type(value).__name__}); give {names}.")
             _check_range(where, value, field.metadata)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,13 +58,13 @@ class Settings:
 def _check_range(where: str, value: Any, metadata: Mapping[str, Any]) -> None:
     choices, low, high = (metadata.get(key) for key in ("choices", "minimum", "maximum"))
     if choices is not None and value is not None and value not in choices:
-        raise PolicyError(f"{where} is {value!r}; {nearest(str(value), choices)}.")
+        raise PolicyError(f"{where} is {shown(value)}; {nearest(value, choices)}.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise PolicyError(f"{where} is {value}; give a finite number.")
         if (low is not None and value < low) or (high is not None and value > high):
-            limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise PolicyError(f"{where} is {value:g}; give a value of {limits}.")
+            limits = [f"{word} {limit:g}" for word, limit in (("at least", low), ("at most", high)) if limit is not None]
+            raise PolicyError(f"{where} is {shown(value)}; give a value of {' and '.join(limits)}.")
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]:
@@ -75,12 +77,12 @@ def from_mapping(cls: type[T], data: Any, where: str = "") -> T:
     """Build a settings object from a mapping; an unknown key is an error that names the nearest known one."""
     where = where or cls.__name__
     if not isinstance(data, Mapping):
-        raise PolicyError(f"{where} is {data!r}; give a mapping of {', '.join(f.name for f, _ in fields_of(cls))}.")
+        raise PolicyError(f"{where} is {shown(data)}; give a mapping of {', '.join(f.name for f, _ in fields_of(cls))}.")
     known = {field.name: allowed for field, allowed in fields_of(cls)}
     values = {}
     for key, value in data.items():
         if key not in known:
-            raise PolicyError(f"{where} has no setting {key!r}; {nearest(str(key), known)}.")
+            raise PolicyError(f"{where} has no setting {shown(key)}; {nearest(str(key), known)}.")
         nested = next((kind for kind in known[key] if dataclasses.is_dataclass(kind)), None)
         values[key] = from_mapping(nested, value, f"{where}.{key}") if nested and value is not None else value
     return cls(**values)

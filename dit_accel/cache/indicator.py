@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def mean_absolute(x: Tensor) -> Tensor:
-    """mean |x| over all elements of x [*], in fp32 whatever the dtype of x -> []."""
-    return torch.linalg.vector_norm(x, 1, dtype=torch.float32) / max(x.numel(), 1)
+    """mean |x| over all elements of x [*], in fp32 or wider -> []; 0 for an empty x."""
+    return torch.linalg.vector_norm(x, 1, dtype=_wide(x)) / max(x.numel(), 1)
 
 
 def relative_l1(now: Tensor, reference: Tensor) -> Tensor:
-    """mean |now - reference| / mean |reference| of two equally shaped tensors [*] -> [] fp32.
+    """mean |now - reference| / mean |reference| of two equally shaped tensors [*] -> [].
 
     TeaCache (2411.19108) eq. 4, ParaAttention `are_two_tensors_similar`. A zero reference gives inf, or nan when `now`
     is zero too: the gate computes on both (Comfy-WaveSpeed#149: 0/0 that passed for "similar").
@@ -21,5 +21,11 @@ def relative_l1(now: Tensor, reference: Tensor) -> Tensor:
 
 
 def finite_flag(tensors: tuple[Tensor, ...]) -> Tensor:
-    """[] fp32, finite exactly when every element of every tensor [*] is finite; costs no host sync."""
-    return torch.stack([torch.linalg.vector_norm(t, float("inf"), dtype=torch.float32) for t in tensors]).sum()
+    """[], finite exactly when every element of every tensor [*] is finite; costs no host sync."""
+    largest = [torch.linalg.vector_norm(t, float("inf"), dtype=_wide(t)) for t in tensors if t.numel()]
+    return torch.stack(largest).amax() if largest else mean_absolute(tensors[0])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype to reduce x in."""
+    return torch.promote_types(x.dtype, torch.float32)

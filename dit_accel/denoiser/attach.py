@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from dit_accel.session import Session
 
 
+class _Here(threading.local):
+    """What the calling thread is in: its forward, and the branch that its pipeline named. Other threads see neither."""
+
+    forward: Forward | None = None
+    context: str | None = None
+
+
 class AttachedDenoiser:
     """A denoiser with wrapped calls. `attach` returns through the session's undo stack; `call` is one forward."""
 
@@ -37,8 +45,7 @@ class AttachedDenoiser:
         ]
         self.time_argument = TimeArgument(module)
         self.meter = FlopMeter(module)
-        self.context: str | None = None
-        self.active: Forward | None = None
+        self.here = _Here()
         self.refusals: dict[str, str] = {}
 
     def attach(self, undo: contextlib.ExitStack) -> None:
@@ -66,7 +73,7 @@ class AttachedDenoiser:
 
         @wraps(plain)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            forward = attached.active
+            forward = attached.here.forward
             if forward is None or module is not block:
                 return plain(module, *args, **kwargs)
             return forward.block(number, base, path, lambda: plain(module, *args, **kwargs), args, kwargs)
@@ -80,12 +87,13 @@ class AttachedDenoiser:
         @wraps(plain)
         def cache_context(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
             """Remember the branch that the pipeline names, and hand on to diffusers."""
-            earlier, attached.context = attached.context, name
+            here = attached.here
+            earlier, here.context = here.context, name
             try:
                 with plain(module, name, *args, **kwargs) as value:
                     yield value
             finally:
-                attached.context = earlier
+                here.context = earlier
 
         return cache_context
 
@@ -94,13 +102,16 @@ class AttachedDenoiser:
     def call(self, original: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         """One denoiser call: plain outside a run, recorded under an exact policy, else under the cache."""
         session, run = self.session, self.session.active_run()
-        if run is None or self.active is not None:
+        if run is None:
             return original()
+        if self.here.forward is not None:  # the model calls itself: its inner blocks are no part of the contract
+            with self._current(None):
+                return original()
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             session.stats.warn("Gradients are enabled, so everything was computed; call under torch.no_grad().")
             return original()
         started = time.perf_counter()
-        info = run.clock.locate(self.name, self.context, self.time_argument.find(args, kwargs))
+        info = run.clock.locate(self.name, self.here.context, self.time_argument.find(args, kwargs))
         if info.step == 0:
             session.check_steps(run)
         key = shape_key((args, kwargs))
@@ -144,8 +155,7 @@ class AttachedDenoiser:
         )
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
-        self.active = forward
-        try:
+        with self._current(forward):
             if forward.observer is None:
                 result = original()
             else:
@@ -154,8 +164,15 @@ class AttachedDenoiser:
                 self._learn(forward.observer, run, key)
             forward.finish()
             return result
+
+    @contextlib.contextmanager
+    def _current(self, forward: Forward | None) -> Iterator[None]:
+        """Route the block calls of this thread through `forward`."""
+        earlier, self.here.forward = self.here.forward, forward
+        try:
+            yield
         finally:
-            self.active = None
+            self.here.forward = earlier
 
     def _learn(self, observer: Observer, run: RunState, key: Any) -> None:
         contract = observer.contract()

@@ -6,16 +6,19 @@ decision made there stays outside compiled code; and a class is not copied, so c
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
 _MARK = "_dit_accel_owner"
+_REMOVED = "_dit_accel_removed"
 
 
 def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
     """Give `instance` a subclass of its own class with these methods; returns the inverse.
 
-    owner: what `owner_of` answers while the wrap is on.
+    owner: what `owner_of` answers while the wrap is on. Wraps of one instance may be taken back in any order: one that lies
+    under another loses its methods at once, and its place in the chain with the one above it.
     """
     base = type(instance)
 
@@ -23,14 +26,17 @@ def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., An
         """Copies and pickles are of the plain class: they belong to nobody's session."""
         reduced = base.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and len(reduced) > 1:
-            arguments = tuple(base if item is type(self) else item for item in reduced[1])
-            return (reduced[0], arguments, *reduced[2:])
+            make, arguments, *rest = reduced
+            make = base.__new__ if make is copyreg.__newobj__ else make  # which pickle allows for the own class only
+            make = base if make is type(self) else make
+            return (make, tuple(base if item is type(self) else item for item in arguments), *rest)
         return reduced
 
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__slots__": (),  # the layout of the base, so that an instance of it may change over
         "__reduce_ex__": reduce_as_base,
         _MARK: owner,
         **methods,
@@ -39,8 +45,11 @@ def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., An
     instance.__class__ = wrapped
 
     def unwrap() -> None:
-        if type(instance) is wrapped:
-            instance.__class__ = base
+        for name in {_MARK, *methods} & vars(wrapped).keys():
+            delattr(wrapped, name)
+        setattr(wrapped, _REMOVED, True)
+        while _REMOVED in vars(type(instance)):
+            instance.__class__ = type(instance).__base__
 
     return unwrap
 

@@ -1,0 +1,117 @@
+"""Methods: every setting of every method that the curves compare, ours and the rivals', each with its own undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dit_accel
+from dit_accel import BlockCache, Forecast, Policy
+
+Attach = Callable[[Any], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One setting of one method. attach: switches it on and returns how to switch it off; steps: `None` is all."""
+
+    family: str
+    setting: str
+    attach: Attach
+    steps: int | None = None
+
+
+def ours(policy: Policy | str) -> Attach:
+    return lambda pipe: dit_accel.apply(pipe, policy).remove
+
+
+def plain(pipe: Any) -> Callable[[], None]:
+    del pipe
+    return lambda: None
+
+
+def multistep(pipe: Any) -> Callable[[], None]:
+    """UniPC (2302.04867) of order 2 on the pipeline's own flow sigmas."""
+    from diffusers import UniPCMultistepScheduler
+
+    earlier = pipe.scheduler
+    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2)
+    return lambda: setattr(pipe, "scheduler", earlier)
+
+
+def diffusers_cache(config: Callable[[], Any]) -> Attach:
+    def attach(pipe: Any) -> Callable[[], None]:
+        pipe.transformer.enable_cache(config())
+        return pipe.transformer.disable_cache
+
+    return attach
+
+
+def cache_dit(calibrator: str | None = None, mask: str | None = None, **settings: Any) -> Attach:
+    """cache-dit with its branches told apart; its default mixes them on FluxPipeline with true_cfg_scale."""
+
+    def attach(pipe: Any) -> Callable[[], None]:
+        import cache_dit as rival
+
+        configs = {
+            "taylor": lambda: rival.TaylorSeerCalibratorConfig(taylorseer_order=1),
+            "dmd": lambda: rival.DMDCalibratorConfig(),
+            None: lambda: None,
+        }
+        extra = {}
+        if mask is not None:
+            steps = settings["num_inference_steps"]
+            extra = {
+                "steps_computation_mask": rival.steps_mask(total_steps=steps, mask_policy=mask),
+                "steps_computation_policy": "static",
+            }
+        config = rival.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **settings, **extra)
+        rival.enable_cache(pipe, cache_config=config, calibrator_config=configs[calibrator]())
+        return lambda: rival.disable_cache(pipe)
+
+    return attach
+
+
+def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Method]:
+    """Every setting that is measured. branches: guidance makes two calls a step."""
+    from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+    rows = [Method("fewer steps", f"{n} steps", plain, n) for n in (8, 10, 12, 15, 17, 20, 25, 30)]
+    rows += [Method("fewer steps, UniPC-2", f"{n} steps", multistep, n) for n in (8, 10, 12, 15, 17, 20, 25)]
+    for threshold in (0.05, 0.08, 0.12, 0.2, 0.3):
+        config = FirstBlockCacheConfig(threshold=threshold)
+        rows.append(Method("diffusers FirstBlockCache", f"{threshold}", diffusers_cache(lambda c=config: c)))
+    for threshold, most in ((0.06, 3), (0.12, 3), (0.24, 5), (0.5, 6)):
+        mag = MagCacheConfig(threshold, most, retention_ratio=0.1, num_inference_steps=steps, mag_ratios=mag_ratios)
+        rows.append(Method("diffusers MagCache", f"{threshold} K{most}", diffusers_cache(lambda c=mag: c)))
+    for order, intervals in ((0, (2, 3, 4)), (1, (2, 3, 4, 5, 6)), (2, (2, 3, 4, 5, 6))):
+        for interval in intervals:
+            taylor = TaylorSeerCacheConfig(
+                cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32, use_lite_mode=True
+            )
+            name = f"diffusers TaylorSeer lite, order {order}"
+            rows.append(Method(name, f"every {interval}", diffusers_cache(lambda c=taylor: c)))
+    shared = {"max_warmup_steps": 3, "enable_separate_cfg": branches, "num_inference_steps": steps}
+    for calibrator, name in ((None, "reuse"), ("taylor", "Taylor 1"), ("dmd", "DMD")):
+        for threshold in (0.08, 0.12, 0.2, 0.3, 0.5):
+            attach = cache_dit(calibrator, residual_diff_threshold=threshold, max_continuous_cached_steps=3, **shared)
+            rows.append(Method(f"cache-dit F1B0 MC3, {name}", f"{threshold}", attach))
+    for mask in ("slow", "medium", "fast", "ultra"):
+        rows.append(Method("cache-dit mask, Taylor 1", mask, cache_dit("taylor", mask, **shared)))
+    for name in ("quality", "balanced", "fast"):
+        rows.append(Method(f"dit_accel {name}", "preset", ours(name)))
+    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6):
+        swept = Policy.named("balanced", threshold=threshold)
+        rows.append(Method("dit_accel gated Newton 2", f"{threshold}", ours(swept)))
+    for skips in (1, 2, 3, 4):
+        for order in (0, 1, 2):
+            forecast = Forecast("newton", order=order) if order else None
+            policy = Policy(BlockCache(threshold=None, max_skips=skips, warmup=3, tail=1), forecast)
+            rows.append(Method(f"dit_accel fixed, Newton {order}", f"skip {skips}", ours(policy)))
+    for threshold in (0.1, 0.2, 0.3):
+        rows.append(Method("dit_accel fbcache", f"{threshold}", ours(Policy.named("fbcache", threshold=threshold))))
+    return rows

@@ -1,0 +1,71 @@
+"""Results: CSV of every row, the curves as PNG, and what they were measured with as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dit_accel.bench.measure import Result
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_results(results: Sequence[Result], folder: Path, stem: str, about: dict[str, Any]) -> None:
+    """CSV of all rows, JSON of versions and settings, PNG of the curves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{stem}.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(results[0])))
+        writer.writeheader()
+        for row in results:
+            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    with replacing(folder / f"{stem}.json") as path:
+        path.write_text(json.dumps(about, indent=2) + "\n")
+    with replacing(folder / f"{stem}.png") as path:
+        plot(results, path)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Mean PSNR (line) and worst PSNR (dots) against the share of work, one colour a family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(11, 7))
+    families = list(dict.fromkeys(row.family for row in results))
+    for number, family in enumerate(families):
+        rows = sorted((r for r in results if r.family == family), key=lambda r: r.share)
+        colour, own = plt.get_cmap("tab20")(number % 20), family.startswith("dit_accel")
+        xs, ys = [r.share for r in rows], [r.psnr_mean for r in rows]
+        axes.plot(xs, ys, marker="o", color=colour, label=family, linewidth=2.5 if own else 1.0)
+        axes.scatter(xs, [r.psnr_worst for r in rows], color=colour, marker="x", s=20)
+    axes.set(xlim=(0.1, 0.8), xlabel="share of block work", ylabel="PSNR in dB against full steps (x: worst image)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "diffusers", "transformers", "cache-dit", "dit-accel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,290 @@
+"""Command line: `dit-accel`. Frameworks are imported inside the commands, so that help and policies answer at once.
+
+Exit codes: 0 ok, 1 unexpected, 2 usage or bad input, 3 some items failed, 4 something not installed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel import __version__
+from dit_accel.errors import DitAccelError
+from dit_accel.policy import Policy, as_policy, policies
+
+OK, UNEXPECTED, BAD_INPUT, SOME_FAILED, NOT_INSTALLED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DEFAULTS_FILE = "dit_accel_defaults.json"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UsageError(DitAccelError, ValueError):
+    """Something on the command line, or a file named there, is not allowed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    try:
+        return arguments.command(arguments)
+    except DitAccelError as error:
+        return _say(BAD_INPUT, str(error))
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        hint = f"; install it with: pip install {package}" if package else ""
+        return _say(NOT_INSTALLED, f"Something is not installed: {error}{hint}")
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "Interrupted; no file is half-written.")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception:
+        traceback.print_exc()
+        return _say(UNEXPECTED, "This was not expected; please report it with the lines above.")
+
+
+def _say(code: int, sentence: str) -> int:
+    print(f"dit-accel: {sentence}", file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    call = _call_arguments(arguments)  # everything that can be wrong with the input, before anything is loaded
+    prompts = _prompts(arguments)
+    seeds = [seed for word in arguments.seeds for seed in _seeds(word)]
+    as_policy(arguments.policy)
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out} is a file; give a folder.")
+    pipe = load_pipeline(arguments.pipeline, arguments.dtype)
+    import torch
+
+    from dit_accel.compare import compare, write_report
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    defaults = call_defaults(arguments.pipeline)
+    comparison = compare(
+        pipe,
+        arguments.policy,
+        prompts,
+        seeds,
+        steps=arguments.steps,
+        arguments=defaults | call,
+        repeats=arguments.repeats,
+    )
+    print(comparison.to_json() if arguments.json else comparison.table())
+    if arguments.out is not None:
+        paths = write_report(comparison, arguments.out)
+        print("Wrote " + ", ".join(str(path) for path in paths), file=sys.stderr)
+    return SOME_FAILED if comparison.failures else OK
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    as_policy(arguments.policy)
+    pipe = load_pipeline(arguments.pipeline, "float32")
+    from dit_accel.explain import explain
+
+    print(explain(pipe, arguments.policy, arguments.steps))
+    return OK
+
+
+def _policy_list(arguments: argparse.Namespace) -> int:
+    del arguments
+    known = policies()
+    width = max(map(len, known))
+    for name, description in known.items():
+        print(f"{name:{width}}  {description}")
+    return OK
+
+
+def _policy_show(arguments: argparse.Namespace) -> int:
+    print(json.dumps(as_policy(arguments.policy).to_dict(), indent=2))
+    return OK
+
+
+def _policy_validate(arguments: argparse.Namespace) -> int:
+    Policy.load(arguments.file)
+    print(f"{arguments.file} is a valid policy.")
+    return OK
+
+
+def _policy_schema(arguments: argparse.Namespace) -> int:
+    del arguments
+    print(json.dumps(Policy.schema(), indent=2))
+    return OK
+
+
+# -------------------------------------------------------------------------------------------------------------- input
+
+
+def load_pipeline(name: str | os.PathLike[str], dtype: str = "float32") -> Any:
+    """A diffusers pipeline from a local folder or the hub, from safetensors only; failures are one sentence."""
+    name = os.fspath(name)
+    if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UsageError(f"There is no folder {name}, and it is no hub id (owner/name); give one of them.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    import transformers
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(name):
+            raise UsageError(
+                f"{name} is not on this machine, and cannot be got from the hub ({type(error).__name__}); "
+                "give a folder, or check the id and the network."
+            ) from error
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise UsageError(f"The pipeline {name} cannot be loaded: {reason}.") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_defaults(pipeline: str | os.PathLike[str]) -> dict[str, Any]:
+    """Default call arguments that a pipeline folder brings along in `dit_accel_defaults.json`, if it has that file."""
+    path = Path(pipeline) / DEFAULTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        defaults = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(defaults, dict):
+        raise UsageError(f"{path} holds {type(defaults).__name__}; give a JSON object of call arguments.")
+    return defaults
+
+
+def _call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Call arguments given on the command line, by the pipeline's own names."""
+    named = {
+        "guidance_scale": arguments.guidance,
+        "negative_prompt": arguments.negative,
+        "height": arguments.height,
+        "width": arguments.width,
+    }
+    call = {key: value for key, value in named.items() if value is not None}
+    for word in arguments.arg:
+        key, equals, text = word.partition("=")
+        try:
+            if not (equals and key):
+                raise ValueError
+            call[key] = json.loads(text)
+        except ValueError:
+            raise UsageError(
+                f"--arg {word} is not KEY=JSON; give for example true_cfg_scale=3.0, or with quotes 'style=\"plain\"'."
+            ) from None
+    return call
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str | None]:
+    if arguments.prompts_file is None:
+        return arguments.prompts or [None]
+    try:
+        lines = arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts-file {arguments.prompts_file} cannot be read: {error}.") from None
+    prompts: list[str | None] = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts-file {arguments.prompts_file} has no prompts; give one a line.")
+    return prompts
+
+
+def _seeds(word: str) -> Sequence[int]:
+    """ "3" is one seed, "0:8" are eight."""
+    first, colon, end = word.partition(":")
+    try:
+        seeds = range(int(first), int(end)) if colon else range(int(word), int(word) + 1)
+    except ValueError:
+        seeds = range(0)
+    if not seeds or seeds[0] < 0:
+        raise UsageError(f"--seeds {word} is no seed; give integers such as 0 1 2, or a range such as 0:8.")
+    return seeds
+
+
+def _positive(word: str) -> int:
+    number = int(word) if word.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not allowed; give an integer of at least 1")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-accel", description="Makes diffusers' diffusion transformers faster.")
+    parser.add_argument("--version", action="version", version=f"dit-accel {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _compare_parser(
+        _command(commands, "compare", "measure a policy against the plain pipeline and fewer steps", _compare)
+    )
+    explained = _command(commands, "explain", "say what a policy would do to a pipeline, without generating", _explain)
+    _pipeline_and_policy(explained)
+    explained.add_argument("--steps", type=_positive, help="number of denoising steps to plan for (default: any)")
+    group = commands.add_parser("policy", help="list, show and check policies").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _command(group, "list", "names and what they are", _policy_list)
+    shown = _command(group, "show", "print a policy as JSON", _policy_show)
+    shown.add_argument("policy", metavar="NAME|FILE", help="a name from `policy list`, or a .json or .yaml file")
+    checked = _command(group, "validate", "check a policy file", _policy_validate)
+    checked.add_argument("file", metavar="FILE", help="a .json or .yaml file")
+    _command(group, "schema", "print the JSON Schema of policy files", _policy_schema)
+    return parser
+
+
+def _command(group: Any, name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser = group.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _pipeline_and_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or a hub id")
+    parser.add_argument("--policy", default="balanced", metavar="NAME|FILE", help="default: %(default)s")
+
+
+def _compare_parser(parser: argparse.ArgumentParser) -> None:
+    _pipeline_and_policy(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="default: none, for pipelines without prompts")
+    source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line")
+    parser.add_argument("--seeds", nargs="+", default=["0"], metavar="N|A:B", help="0 1 2, or 0:8 (default: 0)")
+    parser.add_argument("--steps", type=_positive, default=50, help="default: %(default)s")
+    parser.add_argument("--repeats", type=_positive, default=1, help="timings of each item (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, metavar="X", help="guidance_scale (default: the pipeline's)")
+    parser.add_argument("--negative", metavar="TEXT", help="negative_prompt (default: the pipeline's)")
+    parser.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
+    parser.add_argument(
+        "--arg",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="another call argument, such as true_cfg_scale=3.0",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.json, table.txt, grid.png, strip.png")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Explain: what a policy would do to a pipeline, in words, without generating anything or touching the pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dit_accel.cache import BlockCache
+from dit_accel.cache.schedule import must_compute
+from dit_accel.denoiser.find import find_block_lists, find_denoisers
+from dit_accel.denoiser.subclass import owner_of
+from dit_accel.diffusers_bridge import foreign_cache, hides_from_counters, is_compiled
+from dit_accel.errors import PolicyError, UnsupportedModelError
+from dit_accel.forecast import Forecast
+from dit_accel.policy import Policy, as_policy
+
+_REFERENCES = {
+    "anchor": "its value at the last computed step",
+    "previous": "its value at the step before",
+    "forecast": "its own forecast from the computed steps",
+}
+_PREDICTORS = {
+    "reuse": "the residual of the last computed step, as it is",
+    "newton": "a polynomial of degree {order} through the residuals of the last {anchors} computed steps "
+    "(Newton's divided differences at their true positions)",
+    "taylor": "TaylorSeer's published formula of order {order} over the last {anchors} computed steps",
+}
+_COORDINATES = {"step": "the step number", "sigma": "the scheduler's noise level"}
+
+
+def explain(
+    target: Any, policy: Policy | str | os.PathLike[str] | Mapping[str, Any] = "balanced", steps: int | None = None
+) -> str:
+    """What `apply(target, policy)` would find and do over `steps` denoising steps, and what it cannot do and why.
+
+    target: as for `apply`; it is only looked at. A lower bound on cost assumes that every block is called once a step
+    and that all blocks form one stack; what is truly called is learned in the first step of a run.
+    Raises PolicyError where the policy itself is wrong.
+    """
+    checked = as_policy(policy)
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise PolicyError(f"explain() got steps={steps!r}; give the number of steps as an integer of at least 1.")
+    name = f" with {os.fspath(policy)!r}" if isinstance(policy, (str, os.PathLike)) else ""
+    lines = [f"{type(target).__name__}{name}"]
+    problems: list[str] = []
+    denoisers: dict[str, nn.Module] = {}
+    try:
+        denoisers = find_denoisers(target)
+    except UnsupportedModelError as error:
+        problems.append(str(error))
+    for key, module in denoisers.items():
+        lines += _denoiser_lines(key, module)
+    lines += _policy_lines(checked)
+    if checked.cache is not None and not checked.is_exact:
+        lines += [line for key, module in denoisers.items() for line in _cost_lines(checked.cache, key, module, steps)]
+        if len(denoisers) > 1:
+            lines.append("Denoisers that take turns each compute first steps of their own.")
+    problems += _problems(checked, target, denoisers, steps)
+    lines.append("Nothing is known to be in the way." if not problems else "In the way:")
+    return "\n".join(lines + [f"  {sentence}" for sentence in problems])
+
+
+def _denoiser_lines(name: str, module: nn.Module) -> list[str]:
+    compiled = ", compiled" if is_compiled(module) else ""
+    compiled += " (its FLOPs are weighed by parameters)" if hides_from_counters(module) else ""
+    lists = find_block_lists(module)
+    total = sum(map(len, lists.values()))
+    lines = [f"{name}: {type(module).__name__}, {_millions(module)}, {total} blocks in {len(lists)} lists{compiled}"]
+    for path, blocks in lists.items():
+        kinds = Counter(type(block).__name__ for block in blocks)
+        lines.append(f"  {path}: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}, {_millions(blocks)}")
+    return lines
+
+
+def _policy_lines(policy: Policy) -> list[str]:
+    """The policy in words."""
+    cache, forecast = policy.cache, policy.predictor
+    if cache is None or policy.is_exact:
+        return ["The policy is exact: every block runs at every step, and the result is that of the plain pipeline."]
+    probe = "the first block of the stack" if cache.probe_blocks == 1 else f"the first {cache.probe_blocks} blocks"
+    lines = [
+        f"At every step {probe} run{'s' if cache.probe_blocks == 1 else ''}; the rest of the stack may be skipped."
+    ]
+    if cache.threshold is None:
+        lines.append("  Skipped: by schedule alone, whatever the model does.")
+    else:
+        total = "summed over the skipped steps, " if cache.accumulate else ""
+        lines.append(
+            f"  Skipped: while the residual of {probe} differs from {_REFERENCES[cache.reference]} by less than "
+            f"{cache.threshold:g} ({total}relative L1)."
+        )
+    limit = "no limit" if cache.max_skips is None else f"at most {cache.max_skips} in a row"
+    lines.append(f"  Longest run of skipped steps: {limit}.")
+    tail = f" and the last {cache.tail}" if cache.tail else ""
+    lines.append(f"  Always computed: the first {max(cache.warmup, 2)} steps of a run{tail}.")
+    lines.append(f"  Instead of the skipped blocks: {_stand_in(forecast)}.")
+    held = "residual and its probe" if forecast.anchors == 1 else f"{forecast.anchors} residuals and their probes"
+    lines.append(f"  Kept in memory: the last {held}, for each denoiser and guidance branch.")
+    return lines
+
+
+def _stand_in(forecast: Forecast) -> str:
+    text = _PREDICTORS[forecast.predictor].format(order=forecast.order, anchors=forecast.anchors)
+    return text if forecast.anchors == 1 else f"{text}, over {_COORDINATES[forecast.coordinate]}"
+
+
+def _cost_lines(cache: BlockCache, name: str, module: nn.Module, steps: int | None) -> list[str]:
+    total = sum(map(len, find_block_lists(module).values()))
+    if total < cache.probe_blocks + 2:
+        return []
+    if steps is None:
+        if cache.max_skips is None:
+            return [f"{name}, over many steps: at least {cache.probe_blocks / total:.1%} of the block calls run."]
+        share = (total + cache.max_skips * cache.probe_blocks) / ((cache.max_skips + 1) * total)
+        return [f"{name}, over many steps: at least {share:.1%} of the block calls run."]
+    skipped, forced = fullest_schedule(cache, steps)
+    share = 1 - len(skipped) * (total - cache.probe_blocks) / (steps * total)
+    return [
+        f"{name}, over {steps} steps: steps {_ranges(forced)} are always computed, at most {len(skipped)} are "
+        f"skipped, so at least {share:.1%} of the block calls run."
+    ]
+
+
+def fullest_schedule(cache: BlockCache, steps: int) -> tuple[list[int], list[int]]:
+    """Steps skipped if the indicator never objects, and steps that are computed whatever it says.
+
+    The first step observes the model and the second gives the first residual, so neither can be skipped.
+    """
+    skipped: list[int] = []
+    forced: list[int] = []
+    skips = 0
+    for step in range(steps):
+        reason = must_compute(cache, step, steps - step, skips)
+        if step < 2 or reason in ("warm-up", "tail"):
+            forced.append(step)
+        skips = 0 if reason or step < 2 else skips + 1
+        if skips:
+            skipped.append(step)
+    return skipped, forced
+
+
+def _problems(policy: Policy, target: Any, denoisers: dict[str, nn.Module], steps: int | None) -> list[str]:
+    """Why the policy cannot act, or not as it should; one sentence each."""
+    problems: list[str] = []
+    foreign = foreign_cache(target, denoisers) if denoisers else None
+    if foreign is not None:
+        problems.append(f"Another cache is on already: {foreign}.")
+    if owner_of(target) is not None:
+        problems.append("A session is on this object already; apply() would replace it.")
+    problems += [
+        f"{name} belongs to a session on another object; call remove() on that session first."
+        for name, module in denoisers.items()
+        if owner_of(module) is not None and owner_of(module) is not owner_of(target)
+    ]
+    cache = policy.cache
+    if cache is None or policy.is_exact:
+        return problems
+    if steps is not None and steps < cache.fewest_steps:
+        problems.append(
+            f"{steps} steps are too few: with warmup {cache.warmup} and tail {cache.tail} nothing could be skipped; "
+            f"give at least {cache.fewest_steps} steps, or lower them."
+        )
+    for name, module in denoisers.items():
+        longest = sum(map(len, find_block_lists(module).values()))
+        if longest < cache.probe_blocks + 2:
+            problems.append(
+                f"{name} has {longest} blocks, but with probe_blocks {cache.probe_blocks} it takes "
+                f"{cache.probe_blocks + 2} to skip any; lower probe_blocks, or leave the cache out."
+            )
+    return problems
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0 to 2 and 49" for 0, 1, 2, 49."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return " and ".join(words) or "none"

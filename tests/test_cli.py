@@ -1,0 +1,202 @@
+"""The command line: exit codes, one-sentence errors, no framework for help, and one whole comparison."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import cli
+from dit_accel.cli import call_defaults, load_pipeline, main
+from dit_accel.compare import Failure
+from dit_accel.testing import tiny_pipelines
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(dit_accel.__file__).parents[1]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(list(words))
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random class-to-image pipeline, whose calls need arguments that its defaults file gives."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-dit"
+    tiny_pipelines.build("dit", 6).pipe.save_pretrained(path)
+    (path / cli.DEFAULTS_FILE).write_text(json.dumps({"class_labels": [1], "guidance_scale": 1.0}))
+    return path
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["compare", "--help"], ["policy", "list"]])
+def test_help_and_policies_import_no_framework(words: list[str]) -> None:
+    program = (
+        "import sys; from dit_accel.cli import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'numpy', 'diffusers', 'transformers', 'PIL') if name in sys.modules], code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stdout
+    assert not done.stderr
+
+
+def test_policy_commands(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("policy", "list")
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == set(dit_accel.policies())
+    _, shown, _ = run("policy", "show", "balanced")
+    assert dit_accel.Policy.from_dict(json.loads(shown)) == dit_accel.Policy.named("balanced")
+    _, schema, _ = run("policy", "schema")
+    jsonschema.validate(json.loads(shown), json.loads(schema))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"cache": {"threshold": -1}}, json.loads(schema))
+    path = tmp_path / "mine.json"
+    path.write_text(shown)
+    assert run("policy", "validate", str(path))[0] == 0
+    path.write_text(shown.replace("threshold", "treshold"))
+    code, out, err = run("policy", "validate", str(path))
+    assert code == 2 and not out and "did you mean 'threshold'" in err
+
+
+def test_compare_writes_its_report_at_the_end(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    words = ["compare", str(folder), "--policy", "fora", "--seeds", "3", "5:7", "--steps", "8", "--guidance", "4"]
+    code, text, err = run(*words, "--json", "--out", str(out), "--threads", "1")
+    assert code == 0 and err.startswith("Wrote ") and err.count("\n") == 1
+    data = json.loads(text)
+    assert [item["seed"] for item in data["items"]] == [3, 5, 6] and data["threads"] == 1
+    assert data["arguments"] == {"class_labels": [1], "guidance_scale": 4.0}  # the command line wins
+    assert data["accelerated"]["flops_share"] < 0.7 and data["policy_name"] == "fora" and data["steps"] == 8
+    assert data == json.loads((out / "comparison.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "grid.png", "strip.png", "table.txt"]
+
+
+def test_compare_prints_the_table(run: Run, folder: Path) -> None:
+    code, text, err = run("compare", str(folder), "--policy", "fora", "--steps", "8", "--arg", "class_labels=[2]")
+    assert code == 0 and not err
+    assert [line.split("  ")[0] for line in text.splitlines()[2:5]] == ["plain", "accelerated", "fewer steps"]
+
+
+def test_explain(run: Run, folder: Path) -> None:
+    code, text, err = run("explain", str(folder), "--policy", "fora", "--steps", "8")
+    assert code == 0 and not err
+    assert "DiTTransformer2DModel" in text and "over 8 steps: steps 0 to 1 are always computed" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "{folder}", "--policy", "balancd"], "did you mean 'balanced'"),
+        (["compare", "{folder}", "--seeds", "8:8"], "--seeds 8:8 is no seed"),
+        (["compare", "{folder}", "--seeds", "one"], "--seeds one is no seed"),
+        (["compare", "{folder}", "--arg", "class_labels"], "not KEY=JSON"),
+        (["compare", "{folder}", "--arg", "class_labels=cat"], "not KEY=JSON"),
+        (["compare", "{folder}", "--arg", "class_label=[1]"], "'class_labels'"),
+        (["compare", "{folder}", "--prompts", "a cat"], "takes no argument 'prompt'"),
+        (["compare", "{folder}", "--prompts-file", "{folder}/none.txt"], "cannot be read"),
+        (["compare", "{folder}", "--steps", "2"], "too few"),
+        (["compare", "{folder}", "--out", "{folder}/model_index.json"], "is a file; give a folder"),
+        (["compare", "{folder}/nothing"], "There is no folder"),
+        (["compare", "{folder}/scheduler"], "cannot be loaded: .*model_index.json"),
+        (["compare", "{folder}", "--steps", "0"], "give an integer of at least 1"),
+        (["compare", "{folder}", "--prompts", "a", "--prompts-file", "b"], "not allowed with"),
+        (["explain", "{folder}", "--policy", "mine.json"], "cannot be read"),
+        (["paint"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(run: Run, folder: Path, words: list[str], message: str) -> None:
+    code, out, err = run(*(word.format(folder=folder) for word in words))
+    assert code == 2 and not out and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("dit-accel")
+    assert re.search(message, err), err
+
+
+def test_a_hub_id_without_network_is_a_sentence(tmp_path: Path) -> None:
+    program = "import sys; from dit_accel.cli import main; sys.exit(main(['explain', 'nobody/nothing']))"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "nobody/nothing is not on this machine" in done.stderr.splitlines()[-1]
+
+
+def test_prompts_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, run: Run) -> None:
+    given: dict[str, Any] = {}
+
+    def compare(pipe: Any, policy: Any, prompts: Any, seeds: Any, **settings: Any) -> None:
+        given.update(settings, prompts=prompts, seeds=seeds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dit_accel.compare.compare", compare)
+    (tmp_path / "prompts.txt").write_text("a red dress\n\n  a blue boot \n")
+    out = tmp_path / "out"
+    words = ["--prompts-file", str(tmp_path / "prompts.txt"), "--negative", "", "--height", "16", "--out", str(out)]
+    code, _, err = run("compare", str(folder), *words, "--arg", 'note="x=y"')
+    assert code == 130 and "Interrupted" in err and not out.exists()
+    assert given["prompts"] == ["a red dress", "a blue boot"] and given["seeds"] == [0] and given["steps"] == 50
+    assert given["arguments"] == {
+        "class_labels": [1],
+        "guidance_scale": 1.0,
+        "negative_prompt": "",
+        "height": 16,
+        "note": "x=y",
+    }
+
+
+def test_exit_codes_of_trouble(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel import compare as module
+
+    plain = module.compare
+
+    def partly(*args: Any, **settings: Any) -> Any:
+        return replace(plain(*args, **settings), failures=(Failure(None, 1, "it broke."),))
+
+    monkeypatch.setattr(module, "compare", partly)
+    code, text, _ = run("compare", str(folder), "--policy", "fora", "--steps", "8")
+    assert code == 3 and "Failed: seed 1: it broke." in text
+
+    def raising(error: Exception) -> Callable[..., Any]:
+        def load(*_: Any) -> Any:
+            raise error
+
+        return load
+
+    missing = ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece")
+    monkeypatch.setattr(cli, "load_pipeline", raising(missing))
+    code, _, err = run("explain", str(folder))
+    assert code == 4 and "pip install sentencepiece" in err
+    monkeypatch.setattr(cli, "load_pipeline", raising(RuntimeError("a bug")))
+    code, _, err = run("explain", str(folder))
+    assert code == 1 and "RuntimeError: a bug" in err
+
+
+def test_defaults_file(tmp_path: Path) -> None:
+    assert call_defaults(tmp_path) == {} == call_defaults("nobody/nothing")
+    path = tmp_path / cli.DEFAULTS_FILE
+    for text, message in (("[1]", "holds list"), ("{", "not valid JSON")):
+        path.write_text(text)
+        with pytest.raises(dit_accel.DitAccelError, match=message):
+            call_defaults(tmp_path)
+    path.write_text('{"height": 32}')
+    assert call_defaults(tmp_path) == {"height": 32}
+
+
+def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(folder)
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(dit_accel.DitAccelError, match="cannot be loaded"):
+        load_pipeline(tmp_path)

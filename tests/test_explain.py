@@ -1,0 +1,130 @@
+"""explain: its bound against what a run really does, its words for each setting, and that it touches nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import BlockCache, Forecast, Policy
+from dit_accel.denoiser.subclass import owner_of
+from dit_accel.errors import PolicyError
+from dit_accel.explain import explain, fullest_schedule
+from dit_accel.testing import tiny_pipelines
+
+CACHES = [
+    BlockCache(threshold=None, max_skips=2, warmup=1, tail=0),
+    BlockCache(threshold=1e9, max_skips=4, warmup=3, tail=1),
+    BlockCache(threshold=1e9, max_skips=None, warmup=4, tail=3, probe_blocks=2),
+    BlockCache(threshold=None, max_skips=1, warmup=2, tail=2, probe_blocks=3),
+]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_bound_is_what_a_run_reaches_when_the_gate_never_objects(cache: BlockCache) -> None:
+    torch.set_num_threads(1)
+    tiny = tiny_pipelines.build("flux", 6)
+    with dit_accel.apply(tiny.pipe, Policy(cache)) as session:
+        tiny_pipelines.call(tiny, steps=13)
+    skipped, forced = fullest_schedule(cache, 13)
+    assert [step.step for step in session.stats.steps if step.blocks_run < step.blocks_total] == skipped
+    kinds = {step.step: step.reason for step in session.stats.steps}
+    assert [n for n, reason in kinds.items() if reason in ("observing", "no anchor", "warm-up", "tail")] == forced
+    text = explain(tiny.pipe, Policy(cache), steps=13)
+    assert f"at most {len(skipped)} are skipped" in text
+    assert f"at least {session.stats.compute_share:.1%} of the block calls run" in text
+    assert "Nothing is known to be in the way" in text
+
+
+def test_it_names_what_it_finds_and_touches_nothing() -> None:
+    tiny = tiny_pipelines.build("wan22", 6)
+    pipe = tiny.pipe
+    before = (
+        type(pipe),
+        dict(vars(pipe)),
+        {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()},
+    )
+    text = explain(pipe, "balanced", 50)
+    count = sum(parameter.numel() for parameter in pipe.transformer.parameters()) / 1e6
+    assert text.startswith("WanPipeline with 'balanced'")
+    for name in ("transformer", "transformer_2"):
+        assert f"\n{name}: WanTransformer3DModel, {count:.2f} M parameters, " in text
+    assert "  blocks: 6 x WanTransformerBlock" in text
+    assert "steps 0 to 2 and 49 are always computed" in text and "take turns" in text
+    after = (
+        type(pipe),
+        dict(vars(pipe)),
+        {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()},
+    )
+    assert before[0] is after[0] and owner_of(pipe.transformer) is None
+    assert before[1].keys() == after[1].keys()
+    for name, attributes in before[2].items():
+        assert attributes.keys() == after[2][name].keys()
+        assert all(attributes[key] is after[2][name][key] for key in attributes)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (Policy(), ["The policy is exact"]),
+        (Policy(BlockCache(threshold=0.0)), ["The policy is exact"]),
+        (Policy(CACHES[0]), ["by schedule alone", "as it is", "at most 2 in a row", "the first 2 steps of a run.\n"]),
+        (
+            Policy(BlockCache(threshold=0.25, accumulate=True, reference="previous", max_skips=None, probe_blocks=2)),
+            ["the first 2 blocks run;", "at the step before by less than 0.25 (summed", "no limit", "at least 33.3%"],
+        ),
+        (
+            Policy(BlockCache(reference="forecast"), Forecast("newton", order=2, coordinate="sigma")),
+            ["its own forecast", "degree 2", "last 3 computed", "noise level", "3 residuals", "and the last 1."],
+        ),
+    ],
+)
+def test_each_setting_has_its_words(policy: Policy, words: list[str]) -> None:
+    text = explain(tiny_pipelines.build("flux", 6).pipe, policy)
+    for word in words:
+        assert word in text
+
+
+def problems(target: Any, policy: Any, steps: int | None = None) -> str:
+    return explain(target, policy, steps).partition("In the way:")[2]
+
+
+def test_it_says_what_is_in_the_way() -> None:
+    pipe = tiny_pipelines.build("flux", 6).pipe
+    assert "5 steps are too few" in problems(pipe, Policy(BlockCache(warmup=4, tail=1)), 5)
+    assert "at least 6 steps" in problems(pipe, Policy(BlockCache(warmup=4, tail=1)), 5)
+    assert not problems(pipe, Policy(BlockCache(warmup=4, tail=1)), 6)
+    blocks = len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
+    assert not problems(pipe, Policy(BlockCache(probe_blocks=blocks - 2)))
+    assert f"it takes {blocks + 1} to skip any" in problems(pipe, Policy(BlockCache(probe_blocks=blocks - 1)))
+    assert "no list of blocks" in problems(torch.nn.Linear(1, 1), "balanced")
+    assert "give a diffusers pipeline" in problems("pipe", "balanced")
+    with dit_accel.apply(pipe, "fast"):
+        assert "apply() would replace it" in problems(pipe, "balanced")
+    with dit_accel.apply(pipe.transformer, "fast"):
+        assert "belongs to a session on another object" in problems(pipe, "balanced")
+    assert not problems(pipe, "balanced")
+
+
+def test_it_says_that_another_cache_is_on() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = tiny_pipelines.build("flux", 6).pipe
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert "disable_cache()" in problems(pipe, "balanced")
+
+
+def test_it_says_that_a_model_is_compiled() -> None:
+    pipe = tiny_pipelines.build("flux", 6).pipe
+    assert "compiled" not in explain(pipe, "balanced")
+    for block in pipe.transformer.transformer_blocks:
+        block.compile()
+    assert ", compiled (its FLOPs are weighed by parameters)" in explain(pipe, "balanced")
+
+
+def test_wrong_input_is_an_error() -> None:
+    pipe = tiny_pipelines.build("flux", 6).pipe
+    with pytest.raises(PolicyError, match="balanced"):
+        explain(pipe, "balancd")
+    with pytest.raises(PolicyError, match="steps=0"):
+        explain(pipe, "balanced", 0)
