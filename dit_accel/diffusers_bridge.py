@@ -1,4 +1,4 @@
-"""The only module that touches private names of diffusers, accelerate, cache-dit or torch."""
+"""The only module that touches private names of diffusers, accelerate or cache-dit, and of torch but for its dispatcher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _CACHE_HOOK_WORDS = ("cache", "broadcast", "taylor")
 
@@ -73,6 +74,11 @@ def _names_flex(module_name: str) -> bool:
         return False
 
 
-def tensor_version(tensor: Any) -> int | None:
-    """Counter that grows with every in-place write; `None` under inference mode, which keeps none."""
-    return None if tensor.is_inference() else tensor._version
+def tensor_version(tensor: Tensor) -> int | str:
+    """Something that changes with every in-place write: torch's counter, or under inference mode, which keeps none, the
+    norm of the content (as text, since NaN equals nothing)."""
+    if not tensor.is_inference():
+        return tensor._version
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return ""
+    return str(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).item())

@@ -36,11 +36,9 @@ class BranchState:
     seen: int = 0
 
     def remember(self, anchor: Anchor, most: int) -> None:
-        """Add an anchor, oldest out; a second one at the same coordinate replaces the first (solvers repeat sigmas)."""
-        if self.anchors and abs(self.anchors[-1].coordinate - anchor.coordinate) < 1e-9:
-            self.anchors.pop()
-        self.anchors.append(anchor)
-        del self.anchors[:-most]
+        """Add an anchor, oldest out; it replaces an earlier one at the same coordinate (solvers repeat sigmas)."""
+        others = [other for other in self.anchors if abs(other.coordinate - anchor.coordinate) >= 1e-9]
+        self.anchors = [*others, anchor][-most:]
 
     def drop(self) -> None:
         """Forget every feature; the count of steps seen stays."""
@@ -65,8 +63,13 @@ class RunState:
     thread: int = field(default_factory=threading.get_ident)
     branches: dict[tuple[str, str], BranchState] = field(default_factory=dict)
     contracts: dict[tuple[str, Any], Contract] = field(default_factory=dict)
+    stage: int = 0
 
     def branch(self, denoiser: str, name: str) -> BranchState:
+        """The state of a branch; every branch starts anew with a new list of time steps (another stage, or segment)."""
+        if self.stage != self.clock.stage:
+            self.branches.clear()
+            self.stage = self.clock.stage
         return self.branches.setdefault((denoiser, name), BranchState())
 
     def state_bytes(self) -> int:

@@ -49,11 +49,12 @@ def images_by_hand(
 def test_numbers_are_those_of_calls_made_by_hand() -> None:
     pipe, arguments = tiny()
     result = compare(pipe, POLICY, [None], [3, 4], STEPS, arguments, progress=False)
-    session = None
+    memory = 0
     for item in result.items:
         plain, latents = (images_by_hand(pipe, arguments, item.seed, STEPS, kind) for kind in ("pt", "latent"))
         with dit_accel.apply(pipe, POLICY) as session:
             fast, fast_latents = (images_by_hand(pipe, arguments, item.seed, STEPS, kind) for kind in ("pt", "latent"))
+        memory = max(memory, session.stats.state_bytes)
         assert item.accelerated.psnr == float(psnr(fast, plain))
         assert item.accelerated.relative_l2 == pytest.approx(float(relative_l2(fast_latents, latents)), rel=1e-6)
         assert item.accelerated.flops_share == session.stats.flops_share < 0.7
@@ -67,7 +68,7 @@ def test_numbers_are_those_of_calls_made_by_hand() -> None:
         levels
     )
     assert result.worst.seed == result.items[levels.index(min(levels))].seed
-    assert session is not None and result.state_bytes == session.stats.state_bytes > 0
+    assert result.state_bytes == memory > 0
     assert result.policy == POLICY.to_dict() and result.threads == 1 and set(result.versions) >= {"torch", "diffusers"}
     assert [record.step for record in result.strip] == list(range(STEPS)) and result.strip[0].run != 0
 
@@ -109,7 +110,7 @@ def test_arrays_where_a_pipeline_gives_no_tensors(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(result.pictures[0].plain, expected.pictures[0].plain)
 
 
-def test_exact_policy_is_identical_and_says_so() -> None:
+def test_exact_policy_is_identical_and_says_so(tmp_path: Path) -> None:
     pipe, arguments = tiny()
     result = compare(pipe, "exact", [None], [0, 1], STEPS, arguments, progress=False)
     assert [item.accelerated.psnr for item in result.items] == [math.inf] * 2
@@ -119,6 +120,7 @@ def test_exact_policy_is_identical_and_says_so() -> None:
     data = json.loads(result.to_json())
     assert data["items"][0]["accelerated"]["psnr"] is None and data["items"][0]["accelerated"]["identical"] is True
     assert "2 of 2 items are identical" in result.table() and "Nothing was skipped" in result.report
+    assert len(write_report(result, tmp_path)) == 4
 
 
 def test_calls_are_interleaved_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,14 @@ class StepInfo:
 
 
 class Clock:
-    """Time of one run. `tick` is called by the scheduler's step, `locate` by each denoiser call."""
+    """Time of one run. `tick` is called by the scheduler's step, `locate` by each denoiser call.
+
+    stage: how many lists of time steps the run has had; features of one are worth nothing in the next.
+    """
 
     def __init__(self, pipe: Any = None, scheduler: Any = None, steps: int | None = None):
         self.pipe, self.scheduler, self.given_steps = pipe, scheduler, steps
-        self.step, self.ticked, self.ended = 0, False, False
+        self.stage, self.step, self.ticked, self.ended = 0, 0, False, False
         self.calls: Counter[tuple[str, str | None]] = Counter()
         self.time: float | None = None
         self.timesteps: Any = None
@@ -76,6 +79,7 @@ class Clock:
     def _restart(self) -> None:
         """A new list of time steps: the start of the run, or of another stage of it."""
         self.timesteps = self.scheduler.timesteps
+        self.stage += 1
         self.step, self.ticked, self.ended, self.time = 0, False, False, None
         self.calls.clear()
         times = self.timesteps

@@ -89,7 +89,7 @@ class _Seen:
     ref: weakref.ref[Tensor]
     shape: torch.Size
     dtype: torch.dtype
-    version: int | None
+    version: int | str
 
     @staticmethod
     def of(tensor: Tensor) -> _Seen:
@@ -164,7 +164,7 @@ class Observer:
         if not self.calls:
             return _refuse(base, "no block was called")
         roles = [self._roles(number) for number in range(len(self.calls))]
-        stack = max(self._chains(roles), key=len)
+        stack = max(self._chains(roles), key=lambda chain: (len(chain), sum(self.calls[p].flops for p in chain)))
         needed = self.probe_blocks + 2
         if len(stack) < needed:
             return _refuse(base, f"the longest stack has {len(stack)} blocks, {needed} are needed to skip any")
@@ -224,19 +224,16 @@ class Observer:
 
     def _chains(self, roles: list[list[Key | None]]) -> Iterator[list[int]]:
         """Runs of calls in which each one continues what an earlier one of the run produced."""
-        chain: list[int] = []
-        for number in range(len(self.calls)):
-            if chain and self._continues(number, chain, roles[number]):
-                chain.append(number)
-            elif (
-                chain and self.calls[number].owner != self.calls[chain[-1]].owner and self._returns_later(number, chain)
-            ):
-                continue  # a side call between two blocks of the run; it is left alone
-            else:
-                if chain:
-                    yield chain
-                chain = [number]
-        yield chain
+        left = list(range(len(self.calls)))
+        while left:
+            chain = left[:1]
+            for number in left[1:]:
+                if self._continues(number, chain, roles[number]):
+                    chain.append(number)
+                elif self.calls[number].owner == self.calls[chain[-1]].owner or not self._returns_later(number, chain):
+                    break  # anything else is a side call between two blocks of the run: a run of its own, perhaps
+            yield chain
+            left = [number for number in left if number not in chain]
 
     def _returns_later(self, number: int, chain: list[int]) -> bool:
         """True where a later call belongs to a list that the run has already been through."""

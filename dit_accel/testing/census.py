@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from dit_accel.session import Session
 from dit_accel.state import RunState
 from dit_accel.stats import StepRecord
 from dit_accel.testing import tiny_transformers
-from dit_accel.testing.checks import FORCED
+from dit_accel.testing.checks import FORCED, block_calls, counted_leaves
 
 STEPS = 8
 # Classes that no policy may skip in, with a part of the sentence that refuses them.
@@ -41,13 +42,17 @@ def transformer_classes() -> list[str]:
 
 @dataclass
 class Proof:
-    """Outputs of the same steps without, with and after a policy that skips, and what was learned on the way."""
+    """Outputs of the same steps without, with and after a policy that skips, and what was learned on the way.
+
+    counted: block calls of the plain and of the skipping run, counted inside the blocks.
+    """
 
     plain: list[Tensor]
     skipping: list[Tensor]
     restored: list[Tensor]
     steps: list[StepRecord]
     carrier: str
+    counted: tuple[int, int]
 
     @property
     def skipped(self) -> set[int]:
@@ -62,15 +67,13 @@ def prove(name: str) -> Proof:
     def run() -> list[Tensor]:
         return [tiny_transformers.forward(model, name, step / STEPS) for step in range(STEPS)]
 
-    plain = run()
-    session = dit_accel.apply(model, FORCED)
-    try:
-        with session.run(steps=STEPS):
-            skipping = run()
-            carrier = _carrier(session)
-    finally:
-        session.remove()
-    return Proof(plain, skipping, run(), session.stats.steps, carrier)
+    with counted_leaves([model]) as plain_leaves:
+        plain = run()
+    with dit_accel.apply(model, FORCED) as session, counted_leaves([model]) as leaves, session.run(steps=STEPS):
+        skipping = run()
+        carrier = _carrier(session)
+    counted = block_calls(plain_leaves, plain_leaves), block_calls(plain_leaves, leaves)
+    return Proof(plain, skipping, run(), session.stats.steps, carrier, counted)
 
 
 def _carrier(session: Session) -> str:
@@ -122,4 +125,5 @@ def table() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print("\n".join(table()))

@@ -39,6 +39,8 @@ def counted_leaves(denoisers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, C
     with contextlib.ExitStack() as undo:
         for denoiser in denoisers:
             for block in (block for blocks in find_block_lists(denoiser).values() for block in blocks):
+                if isinstance(block, nn.ModuleList):
+                    continue  # ConsisID's perceiver: a list of lists, which nobody calls
                 counter = counts.setdefault(block, Counter())
                 for leaf in (module for module in block.modules() if not any(module.children())):
 

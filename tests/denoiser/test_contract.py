@@ -220,10 +220,10 @@ def long_skips(toy: Any, x: Tensor, text: Tensor, temb: Tensor) -> Tensor:
 
 
 def double_then_single(toy: Any, x: Tensor, text: Tensor, temb: Tensor) -> Tensor:
-    for block in toy.double:
+    for block in toy.pairs:
         text, x = block(x, text)
     joined = torch.cat([text, x], 1)
-    for block in toy.single:
+    for block in toy.singles:
         joined = block(joined, temb)
     return joined[:, text.shape[1] :]
 
@@ -347,7 +347,7 @@ ACCEPTED: dict[str, tuple[Callable[[], Toy], str]] = {
     "residual between": (lambda: Toy(residual_between, blocks=make(4, Positional)), "#---"),
     "written between": (lambda: Toy(written_between, blocks=make(4, Positional)), "#---"),
     "long skips": (lambda: Toy(long_skips, down=make(3, Positional), up=make(3, UpBlock)), "#-----"),
-    "double, single": (lambda: Toy(double_then_single, double=make(2, EncoderFirst), single=make(3, Positional)), "#----"),
+    "double, single": (lambda: Toy(double_then_single, pairs=make(2, EncoderFirst), singles=make(3, Positional)), "#----"),
     "interleaved": (lambda: Toy(interleaved, space=make(3, Positional), time=make(3, Positional)), "#-----"),
     "side list first": (lambda: Toy(side_list_first, refiner=make(2, Positional), blocks=make(4, Positional)), "###---"),
     "side list between": (
