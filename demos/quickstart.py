@@ -15,7 +15,8 @@ import torch
 
 from dit_accel import DitAccelError
 from dit_accel.cli import call_defaults, load_pipeline
-from dit_accel.compare import compare, write_report
+from dit_accel.compare import compare
+from dit_accel.comparison import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE, OUT = ROOT / "pipelines" / "tiny-flux", ROOT / "outputs" / "demo"

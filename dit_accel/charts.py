@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dit_accel.files import write_atomically
 from dit_accel.quality import QualityError
 from dit_accel.stats import COMPUTE, FORECAST, RECOMPUTE, REUSE, SYMBOLS, StepRecord
 
@@ -23,20 +22,6 @@ NAMES = {COMPUTE: "computed", REUSE: "reused", FORECAST: "forecast", RECOMPUTE: 
 _KIND_OF = {symbol: kind for kind, symbol in SYMBOLS.items()}
 SMALLEST_SIDE = 128  # pixels: smaller images are enlarged to about this
 CELL, GAP, MARGIN, LEFT, CURVE = 13, 6, 12, 64, 56  # pixels
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that is complete or absent, whatever happens meanwhile."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def comparison_grid(

@@ -69,7 +69,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     pipe = load_pipeline(arguments.pipeline, arguments.dtype)
     import torch
 
-    from dit_accel.compare import compare, write_report
+    from dit_accel.compare import compare
+    from dit_accel.comparison import write_report
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

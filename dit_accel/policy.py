@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from dit_accel.cache import BlockCache
 from dit_accel.errors import PolicyError, nearest
+from dit_accel.files import write_atomically
 from dit_accel.forecast import Forecast
 from dit_accel.settings import Settings, from_mapping, schema_of, setting
 
@@ -97,15 +97,7 @@ class Policy(Settings):
         path = _checked_path(path)
         data = {"version": VERSION} | self.to_dict()
         text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, text)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Policy:

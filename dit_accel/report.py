@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ def report_text(session: Session) -> str:
             lines.append("A bare transformer is accelerated inside `with session.run(): ...` only.")
     else:
         lines.append(
-            f"{len(stats.runs)} runs, {totals.calls} denoiser calls: {totals.blocks_run} of {totals.blocks_total} blocks run "
+            f"{_count(stats.run_count, 'run')}, {_count(totals.calls, 'denoiser call')}: "
+            f"{totals.blocks_run} of {totals.blocks_total} blocks run "
             f"({totals.compute_share:.1%}), FLOPs share {totals.flops_share:.1%} ({stats.flops_source}), "
             f"state at most {stats.state_bytes / 2**20:.2f} MiB"
         )
@@ -32,6 +34,10 @@ def report_text(session: Session) -> str:
     return "\n".join(lines)
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _why_nothing(session: Session) -> str:
     if session.policy.is_exact:
         return "the policy is exact and computes everything"
@@ -41,6 +47,8 @@ def _why_nothing(session: Session) -> str:
     reasons = session.stats.totals.reasons
     if reasons.get("compute: above threshold"):
         indicators = [step.indicator for step in session.stats.steps if step.indicator is not None]
+        smallest = min((value for value in indicators if math.isfinite(value)), default=None)  # old steps are forgotten
         threshold = session.policy.cache.threshold if session.policy.cache else None
-        return f"the indicator was never below the threshold {threshold:g} (smallest {min(indicators):.3g}); raise it"
+        seen = "" if smallest is None else f" (smallest {smallest:.3g})"
+        return f"the indicator was never below the threshold {threshold:g}{seen}; raise it"
     return f"every step was computed for its schedule ({', '.join(reasons)})"

@@ -63,7 +63,9 @@ def _check_range(where: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise PolicyError(f"{where} is {value}; give a finite number.")
         if (low is not None and value < low) or (high is not None and value > high):
-            limits = [f"{word} {limit:g}" for word, limit in (("at least", low), ("at most", high)) if limit is not None]
+            limits = [
+                f"{word} {limit:g}" for word, limit in (("at least", low), ("at most", high)) if limit is not None
+            ]
             raise PolicyError(f"{where} is {shown(value)}; give a value of {' and '.join(limits)}.")
 
 
@@ -77,7 +79,9 @@ def from_mapping(cls: type[T], data: Any, where: str = "") -> T:
     """Build a settings object from a mapping; an unknown key is an error that names the nearest known one."""
     where = where or cls.__name__
     if not isinstance(data, Mapping):
-        raise PolicyError(f"{where} is {shown(data)}; give a mapping of {', '.join(f.name for f, _ in fields_of(cls))}.")
+        raise PolicyError(
+            f"{where} is {shown(data)}; give a mapping of {', '.join(f.name for f, _ in fields_of(cls))}."
+        )
     known = {field.name: allowed for field, allowed in fields_of(cls)}
     values = {}
     for key, value in data.items():

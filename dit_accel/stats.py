@@ -91,6 +91,7 @@ class Stats:
         """Forget everything."""
         self.totals = Totals()
         self.runs: dict[int, Totals] = {}
+        self.run_count = 0
         self.steps: list[StepRecord] = []
         self.flops_source = "none"  # "measured" by a FLOP counter, or "parameters" where blocks are compiled
         self.state_bytes = 0  # peak memory of anchors and probes in any run
@@ -102,6 +103,7 @@ class Stats:
         self.totals.add(record)
         if record.run not in self.runs:
             self.runs[record.run] = Totals()
+            self.run_count += 1
             expired = [run for run in self.runs if run <= record.run - self.keep_runs]
             for run in expired:
                 del self.runs[run]

@@ -1,6 +1,5 @@
 """Pictures are read back from their files: right pixels in the right places, whole files or none."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_accel.charts import CELL, COLOURS, GAP, LEFT, MARGIN, comparison_grid, strip_chart, write_atomically
+from dit_accel.charts import CELL, COLOURS, GAP, LEFT, MARGIN, comparison_grid, strip_chart
 from dit_accel.errors import DitAccelError
 from dit_accel.stats import StepRecord
 
@@ -102,17 +101,3 @@ def test_strip_wants_one_run(tmp_path: Path) -> None:
     for steps in ([], [record(0, "##"), replace(record(1, "##"), run=1)]):
         with pytest.raises(DitAccelError, match="one run"):
             strip_chart(steps, tmp_path / "strip.png")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.txt"
-    write_atomically(path, b"old")
-    assert path.stat().st_mode & 0o777 == 0o644
-
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]

@@ -16,7 +16,7 @@ import torch
 import dit_accel
 from dit_accel import cli
 from dit_accel.cli import call_defaults, load_pipeline, main
-from dit_accel.compare import Failure
+from dit_accel.comparison import Failure
 from dit_accel.testing import tiny_pipelines
 
 Run = Callable[..., tuple[int, str, str]]

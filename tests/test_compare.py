@@ -12,7 +12,8 @@ from PIL import Image
 
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
-from dit_accel.compare import ArgumentError, compare, write_report
+from dit_accel.compare import compare
+from dit_accel.comparison import ArgumentError, write_report
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.errors import NonFiniteError, PolicyError

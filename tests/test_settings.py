@@ -193,7 +193,8 @@ def test_fewest_steps(warmup: int, tail: int, fewest: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("forecast", "anchors"), [(Forecast("reuse", 0), 1), (Forecast("reuse"), 1), (Forecast(), 2), (Forecast(order=2), 3)]
+    ("forecast", "anchors"),
+    [(Forecast("reuse", 0), 1), (Forecast("reuse"), 1), (Forecast(), 2), (Forecast(order=2), 3)],
 )
 def test_anchors_kept(forecast: Forecast, anchors: int) -> None:
     assert forecast.anchors == anchors

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel import Policy
-from dit_accel.bench.results import replacing, versions
+from dit_accel.bench.results import versions
+from dit_accel.files import write_atomically
 
 NEVER = Policy.named("balanced", threshold=1e-12)  # gates every step and skips none
 
@@ -43,7 +44,8 @@ class OperatorCount(TorchDispatchMode):
 
 def in_turn(plain: Callable[[], None], other: Callable[[], None], repeats: int) -> tuple[float, float, float]:
     """Median seconds of both, and the median of the pairwise ratios other / plain. One uncounted run of each first."""
-    plain(), other()
+    plain()
+    other()
     pairs = []
     for number in range(repeats):
         order = (plain, other) if number % 2 == 0 else (other, plain)
@@ -111,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.out / "overhead.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(arguments.out / "overhead.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps({k: v for k, v in report.items() if "denoiser call" in k}, indent=2))
     return 0
 

@@ -4,44 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dit_accel.bench.measure import Result
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from dit_accel.files import write_atomically
 
 
 def write_results(results: Sequence[Result], folder: Path, stem: str, about: dict[str, Any]) -> None:
     """CSV of all rows, JSON of versions and settings, PNG of the curves."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{stem}.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
-        writer.writeheader()
-        for row in results:
-            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    with replacing(folder / f"{stem}.json") as path:
-        path.write_text(json.dumps(about, indent=2) + "\n")
-    with replacing(folder / f"{stem}.png") as path:
-        plot(results, path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(asdict(results[0])), lineterminator="\n")
+    writer.writeheader()
+    for row in results:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    write_atomically(folder / f"{stem}.csv", table.getvalue())
+    write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2) + "\n")
+    write_atomically(folder / f"{stem}.png", plot(results))
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Mean PSNR (line) and worst PSNR (dots) against the share of work, one colour a family."""
+def plot(results: Sequence[Result]) -> bytes:
+    """PNG of mean PSNR (line) and worst PSNR (dots) against the share of work, one colour a family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,8 +48,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
     plt.close(figure)
+    return buffer.getvalue()
 
 
 def versions() -> dict[str, str]:

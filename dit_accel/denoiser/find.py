@@ -17,11 +17,11 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
     """
     if is_pipeline(target):
         components = components_of(target)
-        found = {
-            name: module
-            for name, module in components.items()
-            if isinstance(module, nn.Module) and takes_timestep(module) and find_block_lists(module)
-        }
+        found: dict[str, nn.Module] = {}
+        for name, module in components.items():
+            fits = isinstance(module, nn.Module) and takes_timestep(module) and find_block_lists(module)
+            if fits and all(module is not other for other in found.values()):  # one model may stand in two places
+                found[name] = module
         if not found:
             names = ", ".join(sorted(n for n, m in components.items() if isinstance(m, nn.Module))) or "none"
             raise UnsupportedModelError(

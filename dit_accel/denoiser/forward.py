@@ -119,6 +119,10 @@ class Forward:
         forced = must_compute(cache, state.seen, self.info.remaining, state.gate.skips)
         if forced is None and not state.anchors:
             forced = "no anchor"
+        elif (
+            forced is None and state.seen < 2
+        ):  # one branch observes in the first step: keep the others in step with it
+            forced = "warm-up"
         verdict = Verdict(True, forced) if forced else self._judge(contract)
         state.previous_probe = self.probe if cache.reference == "previous" else None
         self.reason, self.skipping = verdict.reason, not verdict.compute

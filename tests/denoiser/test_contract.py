@@ -307,7 +307,9 @@ def inputs(step: int, drift: float) -> tuple[Tensor, Tensor]:
     return x + drift * step * direction, text
 
 
-def sample(toy: Toy, session: Any = None, drift: float = 0.0, steps: int = STEPS, at: dict[int, str] | None = None) -> Run:
+def sample(
+    toy: Toy, session: Any = None, drift: float = 0.0, steps: int = STEPS, at: dict[int, str] | None = None
+) -> Run:
     """Call the toy once a step, in a run of the session where there is one. at: step -> variant of the wiring from there."""
     run = Run()
     blocks = [child for child in toy.modules() if isinstance(child, Block)]
@@ -347,9 +349,15 @@ ACCEPTED: dict[str, tuple[Callable[[], Toy], str]] = {
     "residual between": (lambda: Toy(residual_between, blocks=make(4, Positional)), "#---"),
     "written between": (lambda: Toy(written_between, blocks=make(4, Positional)), "#---"),
     "long skips": (lambda: Toy(long_skips, down=make(3, Positional), up=make(3, UpBlock)), "#-----"),
-    "double, single": (lambda: Toy(double_then_single, pairs=make(2, EncoderFirst), singles=make(3, Positional)), "#----"),
+    "double, single": (
+        lambda: Toy(double_then_single, pairs=make(2, EncoderFirst), singles=make(3, Positional)),
+        "#----",
+    ),
     "interleaved": (lambda: Toy(interleaved, space=make(3, Positional), time=make(3, Positional)), "#-----"),
-    "side list first": (lambda: Toy(side_list_first, refiner=make(2, Positional), blocks=make(4, Positional)), "###---"),
+    "side list first": (
+        lambda: Toy(side_list_first, refiner=make(2, Positional), blocks=make(4, Positional)),
+        "###---",
+    ),
     "side list between": (
         lambda: Toy(side_list_between, blocks=make(4, Positional), side=make(4, Positional)),
         "##" + 3 * "#-",
@@ -446,7 +454,8 @@ def test_two_streams_are_continued_apart() -> None:
                 text, x = block(x, text)
                 outputs[step].append((text, x))
         text, x = (
-            head + tail - anchor for head, tail, anchor in zip(outputs[2][0], outputs[1][-1], outputs[1][0], strict=True)
+            head + tail - anchor
+            for head, tail, anchor in zip(outputs[2][0], outputs[1][-1], outputs[1][0], strict=True)
         )
         expected = toy.proj_out(x + text.mean())
     torch.testing.assert_close(run.outputs[2], expected, rtol=1e-5, atol=1e-5)
@@ -505,9 +514,7 @@ def test_what_cannot_be_skipped_is_refused_with_the_reason(
 
 @refused
 @modes
-def test_without_strict_it_is_computed_and_said(
-    build: Callable[[], Toy], reason: str, mode: Callable[[], Any]
-) -> None:
+def test_without_strict_it_is_computed_and_said(build: Callable[[], Toy], reason: str, mode: Callable[[], Any]) -> None:
     toy = build()
     with mode():
         want = sample(toy, drift=0.1)
