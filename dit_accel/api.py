@@ -16,10 +16,10 @@ def apply(
 ) -> Session:
     """Accelerate `target` in place and return the session that can report on it and take it back.
 
-    target: a `DiffusionPipeline`, a `ModularPipeline` or a bare transformer (`nn.Module`); every denoiser of a pipeline is
-    covered, this instance only. policy: a `Policy`, a preset or method name (`dit_accel.policies()`), a dictionary, or the
-    path of a JSON or YAML file. strict: a mechanism that cannot act is an error; `False` makes it a warning in the report.
-    A second call replaces the first one's policy.
+    target: a `DiffusionPipeline`, a `ModularPipeline` or a bare transformer (`nn.Module`); every denoiser of a pipeline
+    is covered, this instance only. policy: a `Policy`, a preset or method name (`dit_accel.policies()`), a dictionary,
+    or the path of a JSON or YAML file. strict: a mechanism that cannot act is an error; `False` makes it a warning in
+    the report. A second call replaces the first one's policy.
 
     Raises PolicyError, UnsupportedModelError; the target is then unchanged.
     """

@@ -1,4 +1,4 @@
-"""The only module that touches private names of diffusers, accelerate or cache-dit, and of torch but for its dispatcher."""
+"""The only module that touches private names of diffusers, accelerate, cache-dit or torch (its operators aside)."""
 
 from __future__ import annotations
 

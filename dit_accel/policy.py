@@ -39,7 +39,7 @@ class Policy(Settings):
             )
         if self.cache is not None and self.cache.reference == "forecast" and self.predictor.anchors < 2:
             raise PolicyError(
-                "BlockCache.reference is 'forecast', but nothing is forecast; add Forecast('newton', order=1) or larger."
+                "BlockCache.reference is 'forecast', but nothing is forecast; add Forecast('newton', order=1) or more."
             )
 
     @property
@@ -132,7 +132,7 @@ def as_policy(policy: Policy | str | os.PathLike[str] | Mapping[str, Any]) -> Po
     if isinstance(policy, str):
         return Policy.named(policy)
     raise PolicyError(
-        f"A policy was expected, got {type(policy).__name__}; give a Policy, a name, a dictionary or a .json/.yaml path."
+        f"A policy was expected, got {type(policy).__name__}; give a Policy, a name, a mapping or a .json/.yaml file."
     )
 
 

@@ -191,8 +191,8 @@ class Session:
         if cache is None or self.policy.is_exact or total is None or total >= cache.fewest_steps:
             return
         sentence = (
-            f"{total} steps are too few for this policy, which computes {cache.warmup} at the start and {cache.tail} at the "
-            f"end: give at least {cache.fewest_steps} steps, lower warmup or tail, or use the policy 'exact'."
+            f"{total} steps are too few for this policy, which computes {cache.warmup} at the start and {cache.tail} "
+            f"at the end: give at least {cache.fewest_steps} steps, lower warmup or tail, or use the policy 'exact'."
         )
         if self.strict:
             raise PolicyError(sentence)

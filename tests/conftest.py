@@ -11,6 +11,6 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)

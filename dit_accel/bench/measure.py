@@ -8,7 +8,6 @@ seed, one image a call, from tensors.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from dit_accel.quality import bootstrap_interval, psnr
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table: cost, PSNR in dB (mean, 95 % interval, worst and its item), seconds a call."""
+    """One row of the table: cost, and PSNR in dB: mean, its 95 % interval, worst and its item."""
 
     family: str
     setting: str
@@ -35,7 +34,6 @@ class Result:
     psnr_high: float
     psnr_worst: float
     worst_item: int
-    seconds: float
 
 
 class WorkCounter:
@@ -85,21 +83,19 @@ class Workload:
         steps = method.steps or self.steps
         values, counter = [], WorkCounter(self.pipe.transformer)
         detach = method.attach(self.pipe)
-        started = time.perf_counter()
         try:
             for item, expected in enumerate(reference):
                 values.append(float(psnr(self.image(item, steps), expected)[0]))
         finally:
             detach()
             counter.remove()
-        seconds = (time.perf_counter() - started) / len(reference)
         calls = len(reference) * self.steps * (2 if self.guidance > 1 else 1)
         finite = [v for v in values if np.isfinite(v)]
         low, high = bootstrap_interval(torch.tensor(finite or [float("nan")]))
         worst = int(np.argmin(values))
         mean = float(np.mean(finite)) if finite else float("inf")
         share = counter.done / calls
-        row = (method.family, method.setting, self.guidance, share, mean, low, high, values[worst], worst, seconds)
+        row = (method.family, method.setting, self.guidance, share, mean, low, high, values[worst], worst)
         return Result(*row)
 
 

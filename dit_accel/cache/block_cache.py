@@ -41,7 +41,7 @@ class BlockCache(Settings):
         super().__post_init__()
         if self.threshold is None and self.max_skips is None:
             raise PolicyError(
-                "BlockCache.threshold and BlockCache.max_skips are both null, so it would skip for ever; give one of them."
+                "BlockCache.threshold and BlockCache.max_skips are both null, so it would skip for ever; give one."
             )
 
     @property

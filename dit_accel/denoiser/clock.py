@@ -1,7 +1,7 @@
 """Clock: which step of the run and which guidance branch a denoiser call belongs to, without asking the device.
 
-A step ends when the scheduler steps (so solvers that repeat a time step are told apart); where no scheduler can be seen,
-it ends when the time step argument changes. Within a step, a branch is the name that the pipeline gave it
+A step ends when the scheduler steps (so solvers that repeat a time step are told apart); where no scheduler can be
+seen, it ends when the time step argument changes. Within a step, a branch is the name that the pipeline gave it
 (`cache_context`), or else the number of the call.
 """
 

@@ -32,7 +32,8 @@ class Contract:
     probe: how many of them run on every step; passes: for each position between probe and tail, the argument that each
     output repeats (`None` for an output that is `None`); stream: output of the probe that the indicator looks at, and
     the argument of the head that it continues; residual_from: for each output of the tail, the output of the last probe
-    block that it is a residual to, or `None` for an absolute value; tail_structured: the tail returns a tuple; refusal: why nothing can be skipped.
+    block that it is a residual to, or `None` for an absolute value; tail_structured: the tail returns a tuple; refusal:
+    why nothing can be skipped.
     """
 
     sequence: tuple[int, ...]

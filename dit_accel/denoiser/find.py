@@ -32,12 +32,12 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         if not find_block_lists(target):
             raise UnsupportedModelError(
-                f"{type(target).__name__} holds no list of blocks (an nn.ModuleList of at least two modules), so there is "
-                "nothing to skip; give the diffusion transformer."
+                f"{type(target).__name__} holds no list of blocks (an nn.ModuleList of at least two modules), so there "
+                "is nothing to skip; give the diffusion transformer."
             )
         return {"transformer": target}
     raise UnsupportedModelError(
-        f"apply() got {type(target).__name__}; give a diffusers pipeline, a modular pipeline or a transformer (nn.Module)."
+        f"apply() got {type(target).__name__}; give a diffusers pipeline, a modular pipeline or a transformer module."
     )
 
 

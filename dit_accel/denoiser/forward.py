@@ -30,7 +30,7 @@ class Forward:
     contract: `None` while unknown; then `observer` writes it. decision, reason, indicator: for the step record.
     """
 
-    cache: BlockCache
+    cache: BlockCache | None
     forecast: Forecast
     state: BranchState
     info: StepInfo
@@ -96,8 +96,8 @@ class Forward:
 
     def _complain(self, block: int) -> None:
         raise NonFiniteError(
-            f"Block {self.names[block]} gives NaN or infinity at step {self.info.step} ({self.info.branch}), recomputed "
-            "or not; check the inputs of this run, or use a wider dtype such as bfloat16 or float32."
+            f"Block {self.names[block]} gives NaN or infinity at step {self.info.step} ({self.info.branch}), "
+            "recomputed or not; check the inputs of this run, or use a wider dtype such as bfloat16 or float32."
         )
 
     def _broken(self, reason: str) -> None:
@@ -113,25 +113,23 @@ class Forward:
         """After the probe: compute or skip the rest of the stack."""
         state, cache = self.state, self.cache
         position, _ = contract.stream
-        assert self.head_input is not None
-        self.probe = self.head_outputs[position] - self.head_input
+        assert cache is not None and self.head_input is not None
+        probe = self.probe = self.head_outputs[position] - self.head_input
         self.head_input = None
         forced = must_compute(cache, state.seen, self.info.remaining, state.gate.skips)
         if forced is None and not state.anchors:
             forced = "no anchor"
-        elif (
-            forced is None and state.seen < 2
-        ):  # one branch observes in the first step: keep the others in step with it
-            forced = "warm-up"
+        elif forced is None and state.seen < 2:
+            forced = "warm-up"  # one branch observes in the first step: the others keep in step with it
         verdict = Verdict(True, forced) if forced else self._judge(contract)
-        state.previous_probe = self.probe if cache.reference == "previous" else None
+        state.previous_probe = probe if cache.reference == "previous" else None
         self.reason, self.skipping = verdict.reason, not verdict.compute
         if verdict.value is not None:
             self.indicator = verdict.value
         if verdict.reason == "non-finite anchor":
             self.decision = RECOMPUTE
             state.drop()
-        elif verdict.reason == "non-finite indicator" and not _all_finite(self.probe):
+        elif verdict.reason == "non-finite indicator" and not _all_finite(probe):
             self._complain(contract.sequence[contract.probe_end])
         if self.skipping:
             state.gate = after_skip(state.gate, verdict)
@@ -143,7 +141,7 @@ class Forward:
     def _judge(self, contract: Contract) -> Verdict:
         """Ask the gate; the one place that waits for the device."""
         state, cache, probe = self.state, self.cache, self.probe
-        assert probe is not None
+        assert cache is not None and probe is not None
         newest = state.anchors[-1]
         self.weights = weights_for(self.forecast, [a.coordinate for a in state.anchors], self._coordinate())
         reference = newest.probe

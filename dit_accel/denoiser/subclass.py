@@ -17,18 +17,20 @@ _REMOVED = "_dit_accel_removed"
 def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
     """Give `instance` a subclass of its own class with these methods; returns the inverse.
 
-    owner: what `owner_of` answers while the wrap is on. Wraps of one instance may be taken back in any order: one that lies
-    under another loses its methods at once, and its place in the chain with the one above it.
+    owner: what `owner_of` answers while the wrap is on. Wraps of one instance may be taken back in any order: one that
+    lies under another loses its methods at once, and its place in the chain with the one above it.
     """
-    base = type(instance)
+    base: Any = type(instance)
 
     def reduce_as_base(self: Any, protocol: Any) -> Any:
         """Copies and pickles are of the plain class: they belong to nobody's session."""
         reduced = base.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and len(reduced) > 1:
             make, arguments, *rest = reduced
-            make = base.__new__ if make is copyreg.__newobj__ else make  # which pickle allows for the own class only
-            make = base if make is type(self) else make
+            if make is type(self):
+                make = base
+            elif make is copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
+                make = base.__new__  # pickle allows the other for the instance's own class only
             return (make, tuple(base if item is type(self) else item for item in arguments), *rest)
         return reduced
 

@@ -109,14 +109,15 @@ def table() -> Iterator[str]:
     yield "# Census of transformer classes"
     yield ""
     yield (
-        f"All {len(rows)} model classes in `diffusers.models.transformers` {diffusers.__version__}: {proved} proved by real "
-        f"forwards with skipped steps on a tiny random copy, {len(rows) - proved} refused. Written by "
+        f"All {len(rows)} model classes in `diffusers.models.transformers` {diffusers.__version__}: {proved} proved by "
+        f"real forwards with skipped steps on a tiny random copy, {len(rows) - proved} refused. Written by "
         "`python -m dit_accel.testing.census > docs/census.md`; checked by `tests/test_transformers.py`."
     )
     yield ""
     yield (
-        "Blocks: block calls in one forward of the tiny copy. Skipped: how many of them a skipped step leaves out. Carrier: "
-        "what is remembered of each output of the last block, its residual to the probe block or its absolute value."
+        "Blocks: block calls in one forward of the tiny copy. Skipped: how many of them a skipped step leaves out. "
+        "Carrier: what is remembered of each output of the last block, its residual to the probe block or its absolute "
+        "value."
     )
     yield ""
     yield "| class | blocks | skipped | verdict | carrier |"

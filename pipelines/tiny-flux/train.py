@@ -2,8 +2,8 @@
 
     python pipelines/tiny-flux/train.py --out pipelines/tiny-flux --work runs/tiny-flux
 
-Data: Fashion-MNIST (Debian package `dataset-fashion-mnist`, MIT licence, 60,000 photos), padded to 32 x 32 and tinted by
-its caption, "a red t-shirt on a white background": 10 nouns x 8 colours x 3 backgrounds, 10 % empty captions.
+Data: Fashion-MNIST (Debian package `dataset-fashion-mnist`, MIT licence, 60,000 photos), padded to 32 x 32 and tinted
+by its caption, "a red t-shirt on a white background": 10 nouns x 8 colours x 3 backgrounds, 10 % empty captions.
 Frozen parts: random CLIP and T5 text encoders behind a word-level tokenizer, and an `AutoencoderTiny` whose weights are
 set by hand to the identity, so this is a pixel-space model.
 Seeded (each step draws from its own generator, so a resumed run sees the same batches), resumable (safetensors + JSON).
@@ -128,7 +128,7 @@ def build_text_encoders(vocabulary: int) -> tuple[CLIPTextModel, T5EncoderModel]
 
 @torch.no_grad()
 def build_identity_autoencoder() -> AutoencoderTiny:
-    """`AutoencoderTiny` that is the identity: centre taps only, and x = relu(x) - relu(-x) passes the decoder's ReLU."""
+    """`AutoencoderTiny` that is the identity: centre taps only; x = relu(x) - relu(-x) passes the decoder's ReLU."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(6,),
         decoder_block_out_channels=(6,),

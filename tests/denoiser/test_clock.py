@@ -24,7 +24,8 @@ def walk(clock: Clock, times: list[float], calls: int = 1, tick: bool = True) ->
     """A sampling loop: some denoiser calls at each time, then the scheduler's step. Places of the first calls."""
     places = []
     for time in times:
-        places.append([clock.locate("transformer", None, torch.tensor([time])) for _ in range(calls)][0])
+        first, *_ = [clock.locate("transformer", None, torch.tensor([time])) for _ in range(calls)]
+        places.append(first)
         if tick:
             clock.tick()
     return places

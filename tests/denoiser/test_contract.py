@@ -1,7 +1,7 @@
 """What one observed forward teaches about a model, and what skipping does to it, on small hand-written transformers.
 
-A toy is lists of blocks and one function, the wiring, that calls them. `Work` is the part of a block that costs: it counts
-its calls, so that a test can tell whether a skipped block was really not run.
+A toy is lists of blocks and one function, the wiring, that calls them. `Work` is the part of a block that costs: it
+counts its calls, so that a test can tell whether a skipped block was really not run.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def inputs(step: int, drift: float) -> tuple[Tensor, Tensor]:
 def sample(
     toy: Toy, session: Any = None, drift: float = 0.0, steps: int = STEPS, at: dict[int, str] | None = None
 ) -> Run:
-    """Call the toy once a step, in a run of the session where there is one. at: step -> variant of the wiring from there."""
+    """Call the toy once a step, in a run of the session where there is one. at: step -> variant from there on."""
     run = Run()
     blocks = [child for child in toy.modules() if isinstance(child, Block)]
     for step in range(steps):
@@ -479,6 +479,17 @@ def test_an_indicator_of_the_probe_is_the_relative_change_of_its_residual() -> N
         change = (probes[step] - probes[1]).abs().mean() / probes[1].abs().mean()
         assert session.stats.steps[step].indicator == pytest.approx(change.item(), rel=1e-4)
     assert session.stats.steps[4].reason == "longest run"
+
+
+def test_two_streams_of_one_shape_are_told_apart_by_where_they_go_next() -> None:
+    """The text, first of the outputs and second of the inputs, is the same at every step, and so is its residual."""
+
+    def wiring(toy: Any, x: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        return encoder_first(toy, x, torch.cat([text, text], 1), temb)
+
+    policy = Policy(BlockCache(threshold=100.0, max_skips=2, warmup=2, tail=1))
+    _, session = accelerated(Toy(wiring, blocks=make(4, EncoderFirst)), policy, drift=0.1)
+    assert [session.stats.steps[step].indicator for step in SKIPPED] == [0.0] * len(SKIPPED)
 
 
 # ----------------------------------------------------------------------------------------------------------- refused

@@ -132,7 +132,7 @@ def test_an_error_inside_ends_the_count() -> None:
 
 @pytest.mark.parametrize(
     ("symbols", "made"),
-    [("####", 100), ("#---", 40), ("#~~~", 40), ("!!!!", 100), ("#-#-", 60), ("###", 100), ("", 100)],
+    [("####", 100), ("#---", 40), ("#~~~", 40), ("!!!!", 100), ("#-#-", 60), ("###", 100), ("#-", 100), ("", 100)],
 )
 def test_flops_made_by_the_symbols_of_a_call(symbols: str, made: int) -> None:
     """Symbols of another number of calls than were counted belong to a broken contract, where everything ran."""

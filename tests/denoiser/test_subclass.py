@@ -64,8 +64,14 @@ class Plain(nn.Module):
         return "plain"
 
 
+class Home:
+    class Inner(Plain):
+        """A class whose full name is longer than its name."""
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
     "module": Plain,
+    "inner class": Home.Inner,
     "slots": lambda: Slotted(1),
     "metaclass": Concrete,
     "own reduce": lambda: Reducing(1),
