@@ -97,6 +97,8 @@ class Policy(Settings):
         path = _checked_path(path)
         data = {"version": VERSION} | self.to_dict()
         text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        if not path.parent.is_dir():
+            raise PolicyError(f"The folder {path.parent} does not exist, so {path.name} cannot be saved; make it first.")
         write_atomically(path, text)
 
     @staticmethod

@@ -250,3 +250,8 @@ def test_schema_and_policy_refuse_the_same(data: Any) -> None:
     assert not jsonschema.Draft202012Validator(Policy.schema()).is_valid(data)
     with pytest.raises(PolicyError):
         Policy.from_dict(data)
+
+
+def test_saving_into_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"does not exist, so policy\.json cannot be saved"):
+        Policy().save(tmp_path / "missing" / "policy.json")

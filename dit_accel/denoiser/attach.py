@@ -20,7 +20,7 @@ from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.subclass import wrap_instance
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.state import RunState
-from dit_accel.stats import COMPUTE, RECOMPUTE, SYMBOLS, StepRecord
+from dit_accel.stats import RECOMPUTE, StepRecord
 
 if TYPE_CHECKING:
     from dit_accel.session import Session
@@ -39,10 +39,10 @@ class AttachedDenoiser:
     def __init__(self, session: Session, name: str, module: nn.Module):
         self.session, self.name, self.module = session, name, module
         self.lists = find_block_lists(module)
-        self.blocks = [(block, path) for path, blocks in self.lists.items() for block in blocks]
-        self.block_names = [
-            f"{self.name}.{path}.{i}" for path, blocks in self.lists.items() for i in range(len(blocks))
-        ]
+        named = [(f"{name}.{path}.{i}", b, path) for path, blocks in self.lists.items() for i, b in enumerate(blocks)]
+        own = {id(block): (name, block, path) for name, block, path in reversed(named)}  # tied blocks stand there once
+        self.blocks = [(block, path) for _, block, path in reversed(own.values())]
+        self.block_names = [name for name, _, _ in reversed(own.values())]
         self.time_argument = TimeArgument(module)
         self.meter = FlopMeter(module)
         self.here = _Here()
@@ -121,8 +121,10 @@ class AttachedDenoiser:
         except ContractChanged as change:
             session.stats.warn(f"{self.name} left its learned contract ({change}); that step was computed anew.")
             forward.state.drop()
+            wasted = forward.executed
             forward = self._plain(forward, RECOMPUTE, f"contract changed: {change}")
             result = self._run(forward, original, run, key)
+            forward.wasted = wasted
         self._record(run, forward, key, time.perf_counter() - started)
         return result
 
@@ -192,7 +194,6 @@ class AttachedDenoiser:
     def _record(self, run: RunState, forward: Forward, key: Any, seconds: float) -> None:
         stats = self.session.stats
         symbols = "".join(forward.symbols)
-        ran = symbols.count(SYMBOLS[COMPUTE]) + symbols.count(SYMBOLS[RECOMPUTE])
         flops, total = self.meter.of(key, symbols)
         stats.flops_source = self.meter.source if total else stats.flops_source
         stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
@@ -207,7 +208,7 @@ class AttachedDenoiser:
             reason=forward.reason,
             indicator=forward.indicator,
             forecast_error=forward.forecast_error,
-            blocks_run=ran,
+            blocks_run=forward.executed + forward.wasted,
             blocks_total=len(symbols),
             attention_density=1.0,
             seconds=seconds,

@@ -48,6 +48,12 @@ class Forward:
     head_input: Tensor | None = None
     head_outputs: tuple[Any, ...] = ()
     probe: Tensor | None = None
+    wasted: int = 0  # blocks run in an attempt that left the contract
+
+    @property
+    def executed(self) -> int:
+        """Block calls that really ran."""
+        return self.symbols.count(SYMBOLS[COMPUTE]) + self.symbols.count(SYMBOLS[RECOMPUTE])
 
     def block(self, block: int, kind: type, owner: str, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         """Route one block call. run: the block itself, with args and kwargs bound."""
@@ -142,18 +148,18 @@ class Forward:
         """Ask the gate; the one place that waits for the device."""
         state, cache, probe = self.state, self.cache, self.probe
         assert cache is not None and probe is not None
-        newest = state.anchors[-1]
         self.weights = weights_for(self.forecast, [a.coordinate for a in state.anchors], self._coordinate())
-        reference = newest.probe
+        reference = state.anchors[-1].probe
         if cache.reference == "previous" and state.previous_probe is not None:
             reference = state.previous_probe
         elif cache.reference == "forecast":
             reference = combine(self.weights, [a.probe for a in state.anchors])
+        flags = [anchor.finite for anchor in state.anchors]
         if cache.threshold is None:
-            finite, change = newest.finite.item(), None
+            finite, change = torch.stack(flags).tolist(), None
         else:
-            finite, change = torch.stack([newest.finite, relative_l1(probe, reference)]).tolist()
-        if not math.isfinite(finite):
+            *finite, change = torch.stack([*flags, relative_l1(probe, reference)]).tolist()
+        if not all(map(math.isfinite, finite)):
             return Verdict(True, "non-finite anchor", change)
         if cache.reference == "forecast":
             self.forecast_error = change
@@ -191,6 +197,8 @@ class Forward:
             values = [value for anchor in anchors if (value := anchor.values[number]) is not None]
             if not values:
                 results.append(None)
+            elif len(values) < len(anchors):
+                raise ContractChanged(f"output {number} of the last block was missing in some steps")
             else:
                 base = None if source is None else self.head_outputs[source]
                 results.append(combine(self.weights, values, base))

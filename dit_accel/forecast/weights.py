@@ -43,8 +43,6 @@ def taylor_weights(u: Sequence[float], v: float, order: int) -> list[float]:
         table = [unit]
         for k in range(min(order, n)):
             before = tables[n - 1]
-            if k >= len(before):
-                break
             gap = u[n] - u[n - 1]
             table.append([(a - b) / gap for a, b in zip(table[k], before[k])])
         tables.append(table)
