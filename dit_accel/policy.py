@@ -98,7 +98,7 @@ class Policy(Settings):
         data = {"version": VERSION} | self.to_dict()
         text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
         if not path.parent.is_dir():
-            raise PolicyError(f"The folder {path.parent} does not exist, so {path.name} cannot be saved; make it first.")
+            raise PolicyError(f"{path.parent} does not exist, so {path.name} cannot be saved; make the folder first.")
         write_atomically(path, text)
 
     @staticmethod

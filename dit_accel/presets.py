@@ -17,17 +17,19 @@ class Preset:
     description: str
 
 
-def _gated(threshold: float, max_skips: int, tail: int) -> Policy:
-    """Our presets: forecast the stack, and go on as long as the summed error of the probe's own forecast is small."""
-    cache = BlockCache(threshold, reference="forecast", accumulate=True, warmup=3, tail=tail, max_skips=max_skips)
+def _gated(threshold: float, max_skips: int, tail: int, accumulate: bool = False) -> Policy:
+    """Our presets: forecast the stack, and go on as long as the probe's own forecast is good enough."""
+    cache = BlockCache(threshold, "forecast", accumulate, warmup=3, tail=tail, max_skips=max_skips)
     return Policy(cache, Forecast("newton", order=2))
 
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(Policy(), "computes everything, bit-equal to the plain pipeline; only counts"),
-    "quality": Preset(_gated(0.15, max_skips=3, tail=2), "about half of the work, differences hard to see"),
-    "balanced": Preset(_gated(0.3, max_skips=6, tail=1), "about a third of the work"),
-    "fast": Preset(_gated(0.6, max_skips=8, tail=1), "about a quarter of the work, details may change"),
+    "quality": Preset(
+        _gated(0.15, max_skips=3, tail=2, accumulate=True), "about two fifths of the work, differences hard to see"
+    ),
+    "balanced": Preset(_gated(0.15, max_skips=4, tail=1), "about a third of the work"),
+    "fast": Preset(_gated(0.3, max_skips=6, tail=1), "about a quarter of the work, details may change"),
     "fbcache": Preset(
         Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1, tail=0)),
         "First Block Cache (ParaAttention): reuse while the first block's residual is near the last computed one",

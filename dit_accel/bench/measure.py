@@ -1,12 +1,13 @@
 """Measure: cost and quality of one method on one workload.
 
-Cost is the share of block work that was really executed, counted on a leaf inside every block (a hook on the block
-itself also fires when a cache skips its body). Quality is PSNR against the plain pipeline at full steps with the same
-seed, one image a call, from tensors.
+Cost is the share of the blocks' FLOPs that was really executed, counted on a leaf inside every block (a hook on the
+block itself also fires when a cache skips its body). Quality is PSNR against the plain pipeline at full steps with the
+same seed, one image a call, from tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import dit_accel
+from dit_accel import BlockCache, Policy
 from dit_accel.bench.methods import Method
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.quality import bootstrap_interval, psnr
@@ -37,15 +40,13 @@ class Result:
 
 
 class WorkCounter:
-    """Counts executed blocks by a hook on the first linear layer in each; weights are the blocks' parameters."""
+    """Counts executed blocks by a hook on the first linear layer in each. shares: FLOPs of each block / of all."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, shares: Sequence[float]):
         self.done = 0.0
         self.handles = []
         blocks = [block for blocks in find_block_lists(transformer).values() for block in blocks]
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        shares = [size / sum(sizes) for size in sizes]
-        for block, share in zip(blocks, shares):
+        for block, share in zip(blocks, shares, strict=True):
             leaf = next(m for m in block.modules() if isinstance(m, nn.Linear))
             self.handles.append(leaf.register_forward_hook(lambda *_, share=share: self._add(share)))
 
@@ -67,6 +68,15 @@ class Workload:
     steps: int
     guidance: float
 
+    @functools.cached_property
+    def block_shares(self) -> list[float]:
+        """FLOPs of each block / FLOPs of all, counted in one forward."""
+        with dit_accel.apply(self.pipe, Policy(BlockCache(threshold=None, max_skips=1))) as session:
+            self.image(0, 8)
+            meter = session.denoisers["transformer"].meter
+            _, flops = next(iter(meter.tables.values()))
+        return [one / sum(flops) for one in flops]
+
     def image(self, item: int, steps: int) -> Tensor:
         """-> [1, C, H, W] in [0, 1]."""
         return self.pipe(
@@ -81,7 +91,7 @@ class Workload:
     def measure(self, method: Method, reference: Sequence[Tensor]) -> Result:
         """All items under one method."""
         steps = method.steps or self.steps
-        values, counter = [], WorkCounter(self.pipe.transformer)
+        values, counter = [], WorkCounter(self.pipe.transformer, self.block_shares)
         detach = method.attach(self.pipe)
         try:
             for item, expected in enumerate(reference):
