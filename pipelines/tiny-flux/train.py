@@ -74,7 +74,7 @@ class TrainConfig:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the 27 words that captions can contain; unknown words become <unk>."""
+    """Word-level tokenizer over the 24 words that captions can contain; unknown words become <unk>."""
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<bos>", "<eos>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
