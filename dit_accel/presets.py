@@ -29,9 +29,7 @@ PRESETS: dict[str, Preset] = {
         _gated(0.15, max_skips=3, tail=2, accumulate=True), "about two fifths of the work, differences hard to see"
     ),
     "balanced": Preset(_gated(0.13, max_skips=4, tail=1), "about a third of the work"),
-    "fast": Preset(
-        _gated(0.5, max_skips=6, tail=1, accumulate=True), "less than a third of the work, details change"
-    ),
+    "fast": Preset(_gated(0.5, max_skips=6, tail=1, accumulate=True), "less than a third of the work, details change"),
     "fbcache": Preset(
         Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1, tail=0)),
         "First Block Cache (ParaAttention): reuse while the first block's residual is near the last computed one",
