@@ -42,8 +42,8 @@ def _why_nothing(session: Session) -> str:
     if session.policy.is_exact:
         return "the policy is exact and computes everything"
     for attached in session.denoisers.values():
-        for reason in attached.refusals.values():
-            return reason
+        if attached.refusal is not None:
+            return attached.refusal
     reasons = session.stats.totals.reasons
     if reasons.get("compute: above threshold"):
         indicators = [step.indicator for step in session.stats.steps if step.indicator is not None]

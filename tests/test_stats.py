@@ -115,8 +115,8 @@ def test_numbers_that_json_cannot_hold_become_null(value: float) -> None:
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def report(stats: Stats, policy: Policy | None = None, refusals: dict[str, str] | None = None, **target: Any) -> str:
-    attached = SimpleNamespace(refusals=refusals or {})
+def report(stats: Stats, policy: Policy | None = None, refusal: str | None = None, **target: Any) -> str:
+    attached = SimpleNamespace(refusal=refusal)
     session = SimpleNamespace(
         target=SimpleNamespace(**target),
         stats=stats,
@@ -158,7 +158,7 @@ def test_report_of_an_exact_policy(policy: Policy, reason: str) -> None:
 
 
 def test_report_of_a_refusal_tells_it_first() -> None:
-    assert "Nothing was skipped: blocks write." in report(filled(record()), refusals={"transformer": "blocks write"})
+    assert "Nothing was skipped: blocks write." in report(filled(record()), refusal="blocks write")
 
 
 def test_report_names_the_smallest_indicator() -> None:

@@ -46,7 +46,7 @@ class AttachedDenoiser:
         self.time_argument = TimeArgument(module)
         self.meter = FlopMeter(module)
         self.here = _Here()
-        self.refusals: dict[str, str] = {}
+        self.refusal: str | None = None
 
     def attach(self, undo: contextlib.ExitStack) -> None:
         """Wrap the denoiser and every block; each wrap pushes its inverse."""
@@ -182,8 +182,8 @@ class AttachedDenoiser:
         self.meter.keep(
             key, [call.flops for call in observer.calls], [call.block for call in observer.calls], self.blocks
         )
-        if contract.refusal is not None and contract.refusal not in self.refusals:
-            self.refusals[self.name] = contract.refusal
+        if contract.refusal is not None:
+            self.refusal = contract.refusal
             if self.session.strict:
                 raise UnsupportedModelError(
                     f"Blocks of {self.name} ({type(self.module).__name__}) cannot be skipped: {contract.refusal}; "

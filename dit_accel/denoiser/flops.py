@@ -66,8 +66,11 @@ class FlopMeter:
     @contextlib.contextmanager
     def measuring(self, key: Any) -> Iterator[None]:
         """Count the forward inside, unless this shape is known or compiled code would hide from the counter."""
+        if key in self.tables:  # every run observes; only the first of a shape has to look through the modules
+            yield
+            return
         self.source = "parameters" if hides_from_counters(self.module) else "measured"
-        if key in self.tables or self.source == "parameters":
+        if self.source == "parameters":
             yield
             return
         self._counter = _Counter()
