@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.autoencoders import identity_autoencoder
-from training.fashion import CAPTIONS, COLOURS, NOUNS, SIZE, TEXT_LENGTH, Photos, sample_captions, step_generator
+from training.fashion import CAPTIONS, COLOURS, NOUNS, SIZE, TEXT_LENGTH, Photos, mixed_noise_level, sample_captions, step_generator
 from training.pictures import grid, save_picture
 from training.text import WIDTH, build_clip, build_t5, build_tokenizer, seeded
 from training.trainer import TrainConfig, main
@@ -68,9 +68,7 @@ class TinySD3:
         caption = torch.where(
             torch.rand(config.batch, generator=rng) < config.empty_caption, len(CAPTIONS), batch.caption
         )
-        normal = torch.sigmoid(torch.randn(config.batch, generator=rng) + 0.3)
-        uniform = torch.rand(config.batch, generator=rng)
-        sigma = torch.where(torch.rand(config.batch, generator=rng) < 0.3, uniform, normal)
+        sigma = mixed_noise_level(config.batch, rng)
         noisy = torch.lerp(batch.pictures, batch.noise, sigma[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             velocity = self.model(

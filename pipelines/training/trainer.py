@@ -142,9 +142,7 @@ class Trainer:
     def averaged_pipeline(self) -> Any:
         """A pipeline of its own that holds the averaged weights."""
         model = type(self.task.model).from_config(self.task.model.config)
-        missing = model.load_state_dict(self.ema, strict=False).missing_keys
-        constants = dict(self.task.model.named_buffers())
-        model.load_state_dict({name: constants[name] for name in missing}, strict=False)
+        model.load_state_dict(self.ema, strict=False)  # buffers follow from the config
         pipe = self.task.pipeline(model.eval())
         pipe.set_progress_bar_config(disable=True)
         return pipe
