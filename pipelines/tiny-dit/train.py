@@ -36,6 +36,7 @@ class DiTConfig(TrainConfig):
 
 class TinyDiT:
     name = "tiny-dit"
+    captions = tuple(caption.removeprefix("a ") for caption in CAPTIONS)
 
     def __init__(self, config: DiTConfig):
         self.config, self.photos = config, Photos()
@@ -49,7 +50,7 @@ class TinyDiT:
             sample_size=SIZE,
             patch_size=2,
             num_embeds_ada_norm=NO_CLASS,
-        )
+        ).eval()  # in training mode each block drops labels of its own accord, and from torch's global generator
         # The classes are products of noun, colour and background, and start as sums of one vector for each: what is
         # learned for one red thing is then known of all red things.
         parts = [torch.randn(len(names), config.hidden) * 0.5 for names in (NOUNS, COLOURS, BACKGROUNDS)]
@@ -76,8 +77,10 @@ class TinyDiT:
         return (noise.float() - batch.noise).square().mean()
 
     def pipeline(self, model: nn.Module) -> DiTPipeline:
-        names = {index: caption.removeprefix("a ") for index, caption in enumerate(CAPTIONS)}
-        return DiTPipeline(model, identity_autoencoder(), self.scheduler, id2label=names)
+        names = dict(enumerate(self.captions))
+        pipe = DiTPipeline(model, identity_autoencoder(), self.scheduler, id2label=names)
+        pipe.register_to_config(id2label=names)  # DiTPipeline does not do so itself, and would not save them
+        return pipe
 
     def samples(self, pipe: DiTPipeline, path: Path, steps: int, rows: int | None = None) -> None:
         labels = [CAPTIONS.index(caption) for caption in sample_captions(rows or len(COLOURS))]

@@ -50,6 +50,7 @@ class TinyFlux:
     """The model, its loss and its pipeline."""
 
     name = "tiny-flux"
+    captions = CAPTIONS
 
     def __init__(self, config: FluxConfig):
         self.config, self.photos = config, Photos()

@@ -35,6 +35,7 @@ class SD3Config(TrainConfig):
 
 class TinySD3:
     name = "tiny-sd3"
+    captions = CAPTIONS
 
     def __init__(self, config: SD3Config):
         self.config, self.photos = config, Photos()

@@ -40,6 +40,7 @@ class WanConfig(TrainConfig):
 
 class TinyWan:
     name = "tiny-wan"
+    captions = CAPTIONS
 
     def __init__(self, config: WanConfig):
         self.config = config

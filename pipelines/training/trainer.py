@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,7 @@ class Task(Protocol):
 
     name: str
     model: nn.Module
+    captions: Sequence[str]  # all that the pipeline can be asked for
 
     def loss(self, step: int) -> Tensor:
         """Loss of the batch that belongs to this step."""
@@ -174,6 +175,7 @@ class Trainer:
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # save_pretrained leaves 600, which other users cannot read
         self.task.samples(pipe, out / "samples.png", steps=50)
+        (out / "captions.txt").write_text("\n".join(self.task.captions) + "\n")
         record = asdict(self.config) | {"torch": torch.__version__, "wall_seconds": round(self.seconds)}
         (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
