@@ -27,7 +27,7 @@ NO_CLASS = 1000  # DiTPipeline's own
 
 @dataclass(frozen=True)
 class DiTConfig(TrainConfig):
-    steps: int = 2000
+    steps: int = 1600
     batch: int = 48
     hidden: int = 80
     heads: int = 2
@@ -95,4 +95,4 @@ class TinyDiT:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", DiTConfig(), TinyDiT)
+    main(__doc__ or "", DiTConfig(), TinyDiT, Path(__file__).parent)

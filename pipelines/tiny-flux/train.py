@@ -2,8 +2,8 @@
 
     python pipelines/tiny-flux/train.py --bf16 --compile --work runs/tiny-flux --out pipelines/tiny-flux
 
-Joint attention of text and image in double and single blocks, guidance branches one after the other; Fashion-MNIST tinted
-by its caption (`training/fashion.py`), frozen random CLIP and T5 text encoders, a pixel-space autoencoder.
+Joint attention of text and image in double and single blocks, guidance branches one after the other; Fashion-MNIST
+tinted by its caption (`training/fashion.py`), frozen random CLIP and T5 text encoders, a pixel-space autoencoder.
 """
 
 from __future__ import annotations
@@ -128,4 +128,4 @@ class TinyFlux:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", FluxConfig(), TinyFlux)
+    main(__doc__ or "", FluxConfig(), TinyFlux, Path(__file__).parent)

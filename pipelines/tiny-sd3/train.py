@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.autoencoders import identity_autoencoder
-from training.fashion import CAPTIONS, COLOURS, NOUNS, SIZE, TEXT_LENGTH, Photos, mixed_noise_level, sample_captions, step_generator
+from training.fashion import (
+    CAPTIONS,
+    COLOURS,
+    NOUNS,
+    SIZE,
+    TEXT_LENGTH,
+    Photos,
+    mixed_noise_level,
+    sample_captions,
+    step_generator,
+)
 from training.pictures import grid, save_picture
 from training.text import WIDTH, build_clip, build_t5, build_tokenizer, seeded
 from training.trainer import TrainConfig, main
@@ -26,7 +36,7 @@ from training.trainer import TrainConfig, main
 
 @dataclass(frozen=True)
 class SD3Config(TrainConfig):
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 32
     hidden: int = 80
     heads: int = 2
@@ -72,9 +82,7 @@ class TinySD3:
         sigma = mixed_noise_level(config.batch, rng)
         noisy = torch.lerp(batch.pictures, batch.noise, sigma[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            velocity = self.model(
-                noisy, self.embeds[caption], self.pooled[caption], sigma * 1000, return_dict=False
-            )[0]
+            velocity = self.model(noisy, self.embeds[caption], self.pooled[caption], sigma * 1000, return_dict=False)[0]
         return (velocity.float() - (batch.noise - batch.pictures)).square().mean()
 
     def pipeline(self, model: nn.Module) -> StableDiffusion3Pipeline:
@@ -106,4 +114,4 @@ class TinySD3:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", SD3Config(), TinySD3)
+    main(__doc__ or "", SD3Config(), TinySD3, Path(__file__).parent)

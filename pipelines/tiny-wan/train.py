@@ -119,4 +119,4 @@ def fold(videos: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", WanConfig(), TinyWan)
+    main(__doc__ or "", WanConfig(), TinyWan, Path(__file__).parent)

@@ -1,6 +1,6 @@
 """Classifiers: augmentation, training loop and command line that the two feature extractors share.
 
-Seeded (each step draws from its own generator) and resumable (safetensors + JSON); what is published is a moving average.
+Seeded (each step draws from its own generator), resumable (safetensors + JSON); what is published is a moving average.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def tint(gray: Tensor, colour: Tensor, background: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """pictures [B, 3, 32, 32] in [-1, 1], noise of that shape, indices into NOUNS, COLOURS, BACKGROUNDS, CAPTIONS [B]."""
+    """pictures [B, 3, 32, 32] in [-1, 1], noise of that shape; indices [B] into NOUNS, COLOURS, ..., CAPTIONS."""
 
     pictures: Tensor
     noise: Tensor

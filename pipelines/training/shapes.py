@@ -1,6 +1,7 @@
 """Moving shapes: a seeded, procedural video data set, "a red circle moving left on a black background".
 
-5 shapes x 8 colours x 4 directions x 3 backgrounds; radius 6 to 8 pixels of 32, speed 0.6 to 0.95 pixels a frame, antialiased.
+5 shapes x 8 colours x 4 directions x 3 backgrounds; radius 6 to 8 pixels of 32, speed 0.6 to 0.95 pixels a frame,
+antialiased.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from training.fashion import BACKGROUNDS, COLOURS
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # (x, y), y downwards
 CAPTIONS = tuple(
-    f"a {c} {s} moving {d} on a {b} background" for s in SHAPES for c in COLOURS for d in DIRECTIONS for b in BACKGROUNDS
+    f"a {c} {s} moving {d} on a {b} background"
+    for s in SHAPES
+    for c in COLOURS
+    for d in DIRECTIONS
+    for b in BACKGROUNDS
 )
 SIZE = 32  # pixels a side
 FRAMES = 17  # 4 k + 1, as the autoencoder of Wan encodes them

@@ -1,4 +1,4 @@
-"""Text: frozen, randomly initialised encoders behind a word-level tokenizer; enough to tell a few hundred captions apart."""
+"""Text: frozen random encoders behind a word-level tokenizer; enough to tell a few hundred captions apart."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build_tokenizer(captions: Sequence[str], length: int) -> PreTrainedTokenizer
 def build_clip(
     vocabulary: int, length: int, width: int = WIDTH, projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Frozen random CLIP. `initializer_factor` 20 spreads its pooled outputs far enough apart. Draws from torch's seed."""
+    """Frozen random CLIP, from torch's seed. `initializer_factor` 20 spreads its pooled outputs far enough apart."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -168,21 +170,35 @@ class Trainer:
                     path = self.work / f"samples-{self.step:06d}.png"
                     self.task.samples(self.averaged_pipeline(), path, steps=28, rows=3)
 
-    def publish(self, out: Path) -> None:
-        """Write the averaged weights as a standard diffusers folder, and how they were made beside them."""
+    @torch.no_grad()
+    def final_loss(self, batches: int = 40) -> float:
+        """Loss of the averaged weights on batches that no step has seen. Ends the training: it overwrites the model."""
+        for name, parameter in self.named.items():
+            parameter.copy_(self.ema[name])
+        return fmean(self.task.loss(1_000_000_000 + batch).item() for batch in range(batches))
+
+    def publish(self, out: Path, beside: Path | None = None) -> None:
+        """Write the averaged weights as a standard diffusers folder, and how they were made with them.
+
+        beside: the folder of the script, whose prompts and call defaults go along.
+        """
         pipe = self.averaged_pipeline()
         pipe.save_pretrained(out)
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # save_pretrained leaves 600, which other users cannot read
         self.task.samples(pipe, out / "samples.png", steps=50)
         (out / "captions.txt").write_text("\n".join(self.task.captions) + "\n")
+        for name in ("prompts.txt", "dit_accel_defaults.json"):
+            if beside is not None and beside.resolve() != out.resolve():
+                shutil.copyfile(beside / name, out / name)
         record = asdict(self.config) | {"torch": torch.__version__, "wall_seconds": round(self.seconds)}
+        record["final_loss"] = round(self.final_loss(), 5)
         (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
 
 
-def main(description: str, defaults: TrainConfig, task: Callable[[Any], Task]) -> None:
-    """The command line of a training script. task: makes the model and its data from a config."""
+def main(description: str, defaults: TrainConfig, task: Callable[[Any], Task], beside: Path) -> None:
+    """The command line of a training script. task: makes the model and its data from a config; beside: its folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and samples")
     parser.add_argument("--out", type=Path, help="write the finished pipeline here")
@@ -211,4 +227,4 @@ def main(description: str, defaults: TrainConfig, task: Callable[[Any], Task]) -
     trainer = Trainer(made, config, arguments.work)
     trainer.run(arguments.save_every, arguments.sample_every)
     if arguments.out:
-        trainer.publish(arguments.out)
+        trainer.publish(arguments.out, beside)
