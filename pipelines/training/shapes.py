@@ -1,6 +1,6 @@
 """Moving shapes: a seeded, procedural video data set, "a red circle moving left on a black background".
 
-5 shapes x 8 colours x 4 directions x 3 backgrounds; radius 6 to 8 pixels of 32, speed 0.6 to 0.95 pixels a frame,
+5 shapes x 8 colours x 4 directions x 3 backgrounds; radius 7 to 9 pixels of 32, speed 0.5 to 0.85 pixels a frame,
 antialiased.
 """
 
@@ -60,21 +60,21 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def draw_clips(batch: int, frames: int, rng: torch.Generator) -> Clips:
-    """Draw clips; shapes stay inside the picture for all frames."""
+    """Draw clips: `frames` in a row out of FRAMES, in which a shape stays inside the picture."""
     shape = torch.randint(len(SHAPES), (batch,), generator=rng)
     colour = torch.randint(len(COLOURS), (batch,), generator=rng)
     direction = torch.randint(len(DIRECTIONS), (batch,), generator=rng)
     ground = torch.randint(len(BACKGROUNDS), (batch,), generator=rng)
-    radius = 6 + 2 * torch.rand(batch, generator=rng)
-    speed = 0.6 + 0.35 * torch.rand(batch, generator=rng)
+    radius = 7 + 2 * torch.rand(batch, generator=rng)
+    speed = 0.5 + 0.35 * torch.rand(batch, generator=rng)
     place = torch.rand(batch, 2, generator=rng)
     velocity = torch.tensor(list(DIRECTIONS.values()))[direction] * speed[:, None]
     journey = velocity * (FRAMES - 1)
     low = torch.maximum(radius[:, None].expand(-1, 2), radius[:, None] - journey)
     high = torch.minimum((SIZE - radius)[:, None].expand(-1, 2), (SIZE - radius)[:, None] - journey)
     start = low + place * (high - low)
-    time = torch.arange(frames, dtype=torch.float32)
-    centre = start[:, :, None] + velocity[:, :, None] * time  # [B, 2, F]
+    first = torch.randint(FRAMES - frames + 1, (batch, 1, 1), generator=rng)
+    centre = start[:, :, None] + velocity[:, :, None] * (first + torch.arange(frames))  # [B, 2, F]
     axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x = axis.view(1, 1, 1, SIZE) - centre[:, 0, :, None, None]
     y = axis.view(1, 1, SIZE, 1) - centre[:, 1, :, None, None]

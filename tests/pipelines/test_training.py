@@ -33,12 +33,13 @@ def small(name: str, **changes: Any) -> tuple[Any, Any]:
     """-> (class of the task, a config that trains in a moment)."""
     module = script(name)
     task, config = {
-        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, short_steps=2)),
+        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, still_steps=1, short_steps=1)),
         "tiny-dit": lambda m: (m.TinyDiT, m.DiTConfig(blocks=2, hidden=32)),
         "tiny-sd3": lambda m: (m.TinySD3, m.SD3Config(blocks=2, hidden=32)),
         "tiny-flux": lambda m: (m.TinyFlux, m.FluxConfig(double_blocks=1, single_blocks=1, hidden=32, heads=1)),
     }[name](module)
-    return task, replace(config, steps=4, batch=4, warmup=2, **changes)
+    batch = 34 if name == "tiny-wan" else 4  # frames
+    return task, replace(config, steps=4, batch=batch, warmup=2, **changes)
 
 
 needs_photos = pytest.mark.skipif(not fashion.DATASET.exists(), reason="apt-get install dataset-fashion-mnist")
@@ -152,7 +153,7 @@ def test_clips_move_as_their_caption_says_and_stay_inside() -> None:
     y = (mass.sum(3) * axis).sum(-1) / mass.sum((2, 3))
     moved = torch.stack([x[:, -1] - x[:, 0], y[:, -1] - y[:, 0]], dim=1)
     wanted = torch.tensor(list(shapes.DIRECTIONS.values()))[clips.direction]
-    assert float((moved * wanted).sum(1).min()) > 9, "0.6 pixels a frame over 16 frames"
+    assert float((moved * wanted).sum(1).min()) > 7.5, "0.5 pixels a frame over 16 frames"
     assert float((moved - (moved * wanted).sum(1, keepdim=True) * wanted).abs().max()) < 0.5, "and nowhere else"
     again = shapes.draw_clips(64, shapes.FRAMES, torch.Generator().manual_seed(3))
     assert torch.equal(again.videos, clips.videos)
