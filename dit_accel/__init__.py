@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_accel.api import apply as apply
     from dit_accel.cache import BlockCache as BlockCache
+    from dit_accel.errors import CheckpointError as CheckpointError
     from dit_accel.errors import DitAccelError as DitAccelError
     from dit_accel.errors import NonFiniteError as NonFiniteError
     from dit_accel.errors import PolicyError as PolicyError
     from dit_accel.errors import UnsupportedModelError as UnsupportedModelError
+    from dit_accel.features import FeatureExtractor as FeatureExtractor
     from dit_accel.forecast import Forecast as Forecast
     from dit_accel.policy import Policy as Policy
     from dit_accel.policy import policies as policies
@@ -29,10 +31,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "apply": "api",
     "BlockCache": "cache",
+    "CheckpointError": "errors",
     "DitAccelError": "errors",
     "NonFiniteError": "errors",
     "PolicyError": "errors",
     "UnsupportedModelError": "errors",
+    "FeatureExtractor": "features",
     "Forecast": "forecast",
     "Policy": "policy",
     "policies": "policy",

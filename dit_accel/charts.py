@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dit_accel.files import write_atomically
 from dit_accel.quality import QualityError
 from dit_accel.stats import COMPUTE, FORECAST, RECOMPUTE, REUSE, SYMBOLS, StepRecord
+from dit_accel.video import frame_psnr, rgb
 
 INK, PALE, WHITE = (34, 34, 34), (214, 214, 214), (255, 255, 255)
 # Okabe and Ito's palette, which colour-blind people tell apart; each also has a mark of its own.
@@ -21,6 +21,7 @@ COLOURS = {COMPUTE: (0, 114, 178), REUSE: (240, 228, 66), FORECAST: (230, 159, 0
 NAMES = {COMPUTE: "computed", REUSE: "reused", FORECAST: "forecast", RECOMPUTE: "recomputed"}
 _KIND_OF = {symbol: kind for kind, symbol in SYMBOLS.items()}
 SMALLEST_SIDE = 128  # pixels: smaller images are enlarged to about this
+LARGEST_SIDE = 320  # pixels: larger frames are shrunk to this in a contact sheet
 CELL, GAP, MARGIN, LEFT, CURVE = 13, 6, 12, 64, 56  # pixels
 
 
@@ -62,6 +63,50 @@ def comparison_grid(
             x, upper = MARGIN + column * (width + GAP), y + label_height
             draw.rectangle((x - 1, upper - 1, x + width, upper + height), outline=PALE)
             canvas.paste(enlarged, (x, upper))
+    _save_png(canvas, path)
+
+
+def contact_sheet(
+    plain: Tensor,
+    accelerated: Tensor,
+    fewer: Tensor,
+    path: str | os.PathLike[str],
+    title: str = "",
+    amplify: float = 4.0,
+    columns: int = 9,
+) -> None:
+    """PNG of one video, at most `columns` frames at equal distances, first and last among them; rows: plain,
+    accelerated, fewer steps, and the absolute difference of the first two times `amplify`.
+
+    plain, accelerated, fewer: [F, C, H, W] in [0, 1] with one or three channels.
+    """
+    if plain.ndim != 4 or not plain.shape == accelerated.shape == fewer.shape or plain.shape[1] not in (1, 3):
+        shapes = ", ".join(str(list(each.shape)) for each in (plain, accelerated, fewer))
+        raise QualityError(f"contact_sheet got shapes {shapes}; give three equal [F, C, H, W] with 1 or 3 channels.")
+    count = min(columns, len(plain))
+    chosen = [round(index * (len(plain) - 1) / max(1, count - 1)) for index in range(count)]
+    rows = {"plain": plain, "accelerated\n(PSNR on top)": accelerated, "fewer steps": fewer}
+    rows[f"difference x {amplify:g}"] = amplify * (accelerated.float() - plain.float()).abs()
+    levels = frame_psnr(accelerated[None], plain[None])[0].tolist()
+    height, width = plain.shape[-2:]
+    scale = max(1, math.ceil(SMALLEST_SIDE / min(height, width)))
+    scale = min(scale, LARGEST_SIDE / max(height, width)) if scale == 1 else scale
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    left, top = 110, MARGIN + 44
+    canvas = Image.new("RGB", (left + count * (width + GAP) + MARGIN, top + 4 * (height + GAP) + MARGIN), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN), _fitting(title, canvas.width - 2 * MARGIN, 14), INK, _font(14))
+    resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    for row, (name, frames) in enumerate(rows.items()):
+        y = top + row * (height + GAP)
+        draw.text((MARGIN, y), name, INK, _font(12))
+        for column, index in enumerate(chosen):
+            x = left + column * (width + GAP)
+            if row == 0:
+                level = "identical" if levels[index] == math.inf else f"{levels[index]:.1f} dB"
+                draw.text((x, top - 18), _fitting(f"frame {index}: {level}", width, 12), INK, _font(12))
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=PALE)
+            canvas.paste(_picture(frames[index]).resize((width, height), resample), (x, y))
     _save_png(canvas, path)
 
 
@@ -171,9 +216,7 @@ def _numbers(records: Sequence[StepRecord]) -> list[float]:
 
 
 def _picture(image: Tensor) -> Image.Image:
-    """[C, H, W] in [0, 1], one or three channels, to a picture; values that are not finite become black."""
-    levels = (torch.nan_to_num(image.float(), posinf=1.0).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(rgb(image))
 
 
 def _fitting(text: str, width: int, size: int) -> str:

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 unexpected, 2 usage or bad input, 3 some items failed, 4 som
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -67,6 +68,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; give a folder.")
     pipe = load_pipeline(arguments.pipeline, arguments.dtype)
+    if arguments.out is not None and hasattr(pipe, "video_processor"):
+        importlib.import_module("av")  # missing is better known now than when all is made
     import torch
 
     from dit_accel.compare import compare
@@ -75,6 +78,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     defaults = call_defaults(arguments.pipeline)
+    if prompts != [None]:
+        defaults.pop("class_labels", None)  # the prompts say which
     comparison = compare(
         pipe,
         arguments.policy,
@@ -86,7 +91,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     print(comparison.to_json() if arguments.json else comparison.table())
     if arguments.out is not None:
-        paths = write_report(comparison, arguments.out)
+        paths = write_report(comparison, arguments.out, arguments.fps)
         print("Wrote " + ", ".join(str(path) for path in paths), file=sys.stderr)
     return SOME_FAILED if comparison.failures else OK
 
@@ -265,7 +270,7 @@ def _pipeline_and_policy(parser: argparse.ArgumentParser) -> None:
 def _compare_parser(parser: argparse.ArgumentParser) -> None:
     _pipeline_and_policy(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="default: none, for pipelines without prompts")
+    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts or class names (default: none)")
     source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line")
     parser.add_argument("--seeds", nargs="+", default=["0"], metavar="N|A:B", help="0 1 2, or 0:8 (default: 0)")
     parser.add_argument("--steps", type=_positive, default=50, help="default: %(default)s")
@@ -283,7 +288,13 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.json, table.txt, grid.png, strip.png")
+    parser.add_argument("--fps", type=_positive, default=16, help="of written videos (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write comparison.json, table.txt, grid.png, strip.png; of videos also sheet.png and MP4s",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

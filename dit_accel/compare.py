@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import dit_accel
 from dit_accel.api import apply
-from dit_accel.comparison import ArgumentError, Comparison, Failure, Item, Pictures, Way, WaySummary
+from dit_accel.calls import Caller, Made
+from dit_accel.comparison import Clip, Comparison, Failure, Item, Motion, MotionSummary, Pictures, Way, WaySummary
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of
-from dit_accel.diffusers_bridge import is_pipeline
-from dit_accel.errors import DitAccelError, PolicyError, nearest
+from dit_accel.errors import ArgumentError, DitAccelError, PolicyError
 from dit_accel.policy import Policy, as_policy
-from dit_accel.quality import SSIM_WINDOW, images_of, psnr, relative_l2, ssim, summarize
+from dit_accel.quality import SSIM_WINDOW, psnr, relative_l2, ssim, summarize
 from dit_accel.session import Session
 from dit_accel.stats import StepRecord, Totals
+from dit_accel.video import flicker, frame_psnr, temporal_psnr, worst_frame_psnr
 
 KEPT = 8  # items whose pictures are kept for the grid
-_OWN = {  # arguments that compare sets itself -> what sets them
-    "prompt": "`prompts`",
-    "generator": "`seeds`",
-    "num_inference_steps": "`steps`",
-    "timesteps": "`steps`",
-    "sigmas": "`steps`",
-    "output_type": "compare itself, which needs tensors",
-    "return_dict": "compare itself",
-    "callback_on_step_end": "compare itself, which reads the last latents",
-}
 
 
 def compare(
@@ -54,8 +41,9 @@ def compare(
 ) -> Comparison:
     """Run each (prompt, seed) plain, accelerated, and plain with fewer steps at the cost of the accelerated run.
 
-    prompts: `[None]` for pipelines that take none, or that get embeddings in `arguments`; arguments: any others of a
-    call; repeats: timings of each item, whose pictures are the same; progress: a bar, on a terminal only.
+    prompts: texts, or classes by name or number for pipelines that are told a class; `[None]` for pipelines that take
+    none, or that get embeddings in `arguments`; arguments: any others of a call; repeats: timings of each item, whose
+    pictures are the same; progress: a bar, on a terminal only.
     Fewer steps: the integer nearest to steps * FLOPs share of that item, on the pipeline's own scheduler.
     Wall times are of interleaved calls, after one uncounted call of each kind, with the torch threads that you set.
     An item on which the policy fails is listed in `failures`, and the others go on. The pipe is left as it was.
@@ -63,8 +51,7 @@ def compare(
     Raises PolicyError, UnsupportedModelError, ArgumentError.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    arguments = dict(arguments or {})
-    _check(pipe, prompts, seeds, steps, arguments, repeats)
+    caller = _checked_caller(pipe, prompts, seeds, steps, arguments, repeats)
     checked = as_policy(policy)
     session = apply(pipe, checked)  # fails here, before any work, if the policy cannot act on this pipe
     session.remove()
@@ -72,14 +59,15 @@ def compare(
     items: list[Item] = []
     failures: list[Failure] = []
     pictures: list[Pictures] = []
+    clip: Clip | None = None
     strip: tuple[StepRecord, ...] = ()
     calls = 3 * (1 + len(order) * repeats)
     with tqdm(total=calls, desc="compare", leave=False, disable=None if progress else True) as bar:
-        bench = _Bench(pipe, session, arguments, steps, bar)
+        bench = _Bench(caller, session, steps, bar)
         bench.warm_up(*order[0])
         for prompt, seed in order:
             try:
-                item, shown = bench.item(prompt, seed, repeats)
+                item, shown, moving = bench.item(prompt, seed, repeats)
             except DitAccelError as error:
                 failures.append(Failure(prompt, seed, str(error)))
                 if len(failures) == len(order):
@@ -88,6 +76,8 @@ def compare(
             strip = strip or bench.last_steps()
             items.append(item)
             pictures.append(shown)
+            if summarize([each.accelerated.psnr for each in items]).worst_index == len(items) - 1:
+                clip = moving  # of one item only: a clip may be large
             if len(pictures) > KEPT:  # keep the first ones, and the worst
                 new_worst = summarize([each.psnr for each in pictures]).worst_index == KEPT
                 del pictures[KEPT - 1 if new_worst else KEPT]
@@ -98,7 +88,7 @@ def compare(
         steps=steps,
         repeats=repeats,
         threads=torch.get_num_threads(),
-        arguments=arguments,
+        arguments=caller.arguments,
         accelerated=_summary([(item.plain_seconds, item.accelerated) for item in items]),
         fewer=_summary([(item.plain_seconds, item.fewer) for item in items]),
         plain_seconds=median(item.plain_seconds for item in items),
@@ -112,6 +102,7 @@ def compare(
         items=tuple(items),
         failures=tuple(failures),
         pictures=tuple(pictures),
+        clip=clip,
         strip=strip,
     )
 
@@ -119,64 +110,47 @@ def compare(
 # ------------------------------------------------------------------------------------------------------ the measuring
 
 
-@dataclass(frozen=True)
-class _Made:
-    """images [N, C, H, W] in [0, 1] and final latents of one call, on the CPU, and how long it took."""
-
-    images: Tensor
-    latents: Tensor | None
-    seconds: float
-
-
 class _Bench:
     """Makes the calls of one comparison."""
 
-    def __init__(self, pipe: Any, session: Session, arguments: dict[str, Any], steps: int, bar: Any):
-        self.pipe, self.session, self.arguments, self.steps, self.bar = pipe, session, arguments, steps, bar
-        self.parameters = inspect.signature(type(pipe).__call__).parameters
-        self.output_type = "pt"
+    def __init__(self, caller: Caller, session: Session, steps: int, bar: Any):
+        self.caller, self.session, self.steps, self.bar = caller, session, steps, bar
 
     def warm_up(self, prompt: str | None, seed: int) -> None:
-        """One uncounted call of each kind; finds out whether the pipeline can give tensors, or arrays only."""
-        refused: Exception | None = None
-        for self.output_type in ("pt", "np"):
-            try:
-                self.accelerated(prompt, seed)
-                break
-            except DitAccelError:
-                raise
-            except (ValueError, TypeError) as error:
-                refused = refused or error
-        else:
-            raise ArgumentError(f"{type(self.pipe).__name__} refused the call: {refused}") from refused
+        """One uncounted call of each kind."""
+        self.accelerated(prompt, seed)
         self.plain(prompt, seed, self.steps)
         self.plain(prompt, seed, _fewer(self.steps, self.last_run().flops_share))
         self.session.reset()
 
-    def item(self, prompt: str | None, seed: int, repeats: int) -> tuple[Item, Pictures]:
+    def item(self, prompt: str | None, seed: int, repeats: int) -> tuple[Item, Pictures, Clip | None]:
         """One prompt and seed, all three ways in turn, `repeats` times."""
-        made: list[tuple[_Made, _Made, _Made]] = []
+        made: tuple[Made, Made, Made] | None = None
+        seconds: list[tuple[float, ...]] = []
         share, fewest = Totals(), self.steps
         for _ in range(repeats):
             plain = self.plain(prompt, seed, self.steps)
             accelerated = self.accelerated(prompt, seed)
             share = self.last_run()
             fewest = _fewer(self.steps, share.flops_share)
-            made.append((plain, accelerated, self.plain(prompt, seed, fewest)))
-        plain, accelerated, fewer = made[0]
-        seconds = [median(row[kind].seconds for row in made) for kind in range(3)]
+            turn = (plain, accelerated, self.plain(prompt, seed, fewest))
+            made = made or turn
+            seconds.append(tuple(each.seconds for each in turn))
+        assert made is not None
+        plain, accelerated, fewer = made
+        middle = [median(turn[kind] for turn in seconds) for kind in range(3)]
         part = fewest / self.steps
         item = Item(
             prompt,
             seed,
-            seconds[0],
-            _way(plain, accelerated, self.steps, share.flops_share, share.compute_share, seconds[1]),
-            _way(plain, fewer, fewest, part, part, seconds[2]),
+            middle[0],
+            _way(plain, accelerated, self.steps, share.flops_share, share.compute_share, middle[1]),
+            _way(plain, fewer, fewest, part, part, middle[2]),
         )
-        level = summarize(psnr(accelerated.images, plain.images))
+        level = summarize(psnr(accelerated.frames, plain.frames))
         shown = slice(level.worst_index, level.worst_index + 1)
-        crops = (each.images[shown].clone() for each in (plain, accelerated, fewer))
-        return item, Pictures(prompt, seed, level.worst, *crops)
+        crops = (each.frames[shown].clone() for each in made)
+        return item, Pictures(prompt, seed, level.worst, *crops), _worst_clip(prompt, seed, *made)
 
     def last_run(self) -> Totals:
         """Totals of the latest accelerated run."""
@@ -187,36 +161,15 @@ class _Bench:
         steps = self.session.stats.steps
         return tuple(step for step in steps if step.run == steps[-1].run)
 
-    def accelerated(self, prompt: str | None, seed: int) -> _Made:
+    def accelerated(self, prompt: str | None, seed: int) -> Made:
         with _attached(self.session):
             return self.plain(prompt, seed, self.steps)
 
-    def plain(self, prompt: str | None, seed: int, steps: int) -> _Made:
+    def plain(self, prompt: str | None, seed: int, steps: int) -> Made:
         """One call of the pipe as it stands."""
-        last: list[Tensor] = []
-
-        def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            del pipe, step, timestep
-            last[:] = [tensors["latents"].detach().clone()] if "latents" in tensors else []
-            return tensors
-
-        own: dict[str, Any] = {"num_inference_steps": steps, "output_type": self.output_type}
-        own["generator"] = torch.Generator().manual_seed(seed)
-        if prompt is not None:
-            own["prompt"] = prompt
-        if "callback_on_step_end" in self.parameters:
-            own["callback_on_step_end"] = keep
-        modular = "num_inference_steps" not in self.parameters
-        if modular:
-            own["output"] = "images"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # some pipelines encode their inputs without the generator
-            started = time.perf_counter()
-            result = self.pipe(**self.arguments, **own)
-            images = images_of(result if modular else result[0])  # on the CPU, so all work is done
-            seconds = time.perf_counter() - started
+        made = self.caller.make(prompt, seed, steps)
         self.bar.update()
-        return _Made(images, last[0].float().cpu() if last else None, seconds)
+        return made
 
 
 @contextlib.contextmanager
@@ -237,20 +190,39 @@ def _fewer(steps: int, share: float) -> int:
     return max(1, math.floor(steps * share + 0.5))
 
 
-def _way(plain: _Made, made: _Made, steps: int, flops: float, blocks: float, seconds: float) -> Way:
+def _way(plain: Made, made: Made, steps: int, flops: float, blocks: float, seconds: float) -> Way:
     similar, distance = None, None
-    if min(plain.images.shape[-2:]) >= SSIM_WINDOW:
-        similar = float(ssim(made.images, plain.images).mean())
+    if min(plain.pictures.shape[-2:]) >= SSIM_WINDOW:
+        similar = float(ssim(made.frames, plain.frames).mean())
     if plain.latents is not None and made.latents is not None and plain.latents.shape == made.latents.shape:
         distance = float(relative_l2(made.latents[None], plain.latents[None]))
-    level = summarize(psnr(made.images, plain.images)).mean
-    return Way(steps, flops, blocks, seconds, level, similar, distance)
+    level = summarize(psnr(made.frames, plain.frames)).mean
+    motion = _motion(plain, made) if plain.is_video else None
+    return Way(steps, flops, blocks, seconds, level, similar, distance, motion)
+
+
+def _motion(plain: Made, made: Made) -> Motion:
+    videos, count = (made.pictures, plain.pictures), plain.pictures.shape[1]
+    return Motion(
+        worst_frame_psnr=summarize(worst_frame_psnr(*videos)).worst,
+        temporal_psnr=summarize(temporal_psnr(*videos)).mean if count >= 2 else None,
+        flicker=float(flicker(*videos).mean()) if count >= 3 else None,
+    )
+
+
+def _worst_clip(prompt: str | None, seed: int, plain: Made, accelerated: Made, fewer: Made) -> Clip | None:
+    """Of the videos of one item the one that is farthest from plain; `None` for images."""
+    if not plain.is_video:
+        return None
+    worst = summarize(frame_psnr(accelerated.pictures, plain.pictures).mean(dim=1)).worst_index
+    return Clip(prompt, seed, *(each.pictures[worst].clone() for each in (plain, accelerated, fewer)))
 
 
 def _summary(rows: Sequence[tuple[float, Way]]) -> WaySummary:
     ways = [way for _, way in rows]
     similar = [way.ssim for way in ways if way.ssim is not None]
     distances = [way.relative_l2 for way in ways if way.relative_l2 is not None]
+    motions = [way.motion for way in ways if way.motion is not None]
     return WaySummary(
         steps=fmean(way.steps for way in ways),
         flops_share=fmean(way.flops_share for way in ways),
@@ -259,13 +231,25 @@ def _summary(rows: Sequence[tuple[float, Way]]) -> WaySummary:
         psnr=summarize([way.psnr for way in ways]),
         ssim=summarize(similar) if similar else None,
         relative_l2=summarize(distances, larger_is_better=False) if distances else None,
+        motion=_motion_summary(motions) if motions else None,
     )
 
 
-def _check(pipe: Any, prompts: Sequence[Any], seeds: Sequence[Any], steps: int, arguments: Any, repeats: int) -> None:
-    """Everything that can be known to be wrong before any work."""
-    if not is_pipeline(pipe):
-        raise ArgumentError(f"compare() got {type(pipe).__name__}; give a diffusers pipeline.")
+def _motion_summary(motions: Sequence[Motion]) -> MotionSummary:
+    changes = [motion.temporal_psnr for motion in motions if motion.temporal_psnr is not None]
+    unrest = [motion.flicker for motion in motions if motion.flicker is not None]
+    return MotionSummary(
+        worst_frame_psnr=summarize([motion.worst_frame_psnr for motion in motions]),
+        temporal_psnr=summarize(changes) if changes else None,
+        flicker=summarize(unrest, larger_is_better=False) if unrest else None,
+    )
+
+
+def _checked_caller(
+    pipe: Any, prompts: Sequence[Any], seeds: Sequence[Any], steps: int, arguments: Any, repeats: int
+) -> Caller:
+    """Finds everything that can be known to be wrong before any work."""
+    caller = Caller(pipe, arguments)
     if any(owner_of(part) is not None for part in (pipe, *find_denoisers(pipe).values())):
         raise PolicyError(
             f"This {type(pipe).__name__} already belongs to a session, so its plain run would not be plain; "
@@ -281,16 +265,5 @@ def _check(pipe: Any, prompts: Sequence[Any], seeds: Sequence[Any], steps: int, 
             raise ArgumentError(f"compare() got {name}={number!r}; give an integer of at least 1.")
     if not all(type(seed) is int for seed in seeds):
         raise ArgumentError(f"compare() got seeds={list(seeds)!r}; give integers.")
-    for name in arguments:
-        if name in _OWN:
-            raise ArgumentError(
-                f"compare() got the call argument {name!r}, which is set by {_OWN[name]}; leave it out."
-            )
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    given = [*arguments, *(["prompt"] if any(prompt is not None for prompt in prompts) else [])]
-    for name in given:
-        if name not in parameters:
-            allowed = [key for key in parameters if key != "self" and key not in _OWN]
-            raise ArgumentError(f"{type(pipe).__name__} takes no argument {name!r}; {nearest(name, allowed)}.")
+    caller.check(prompts)
+    return caller

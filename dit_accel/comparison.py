@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.charts import comparison_grid, strip_chart
-from dit_accel.errors import DitAccelError
+from dit_accel.charts import comparison_grid, contact_sheet, strip_chart
+from dit_accel.errors import ArgumentError
 from dit_accel.files import write_atomically
 from dit_accel.quality import Summary
 from dit_accel.stats import StepRecord
+from dit_accel.video import write_mp4
+
+FPS = 16  # frames a second of the videos that are written; what Wan was trained on
+_GAP = 4  # pixels between videos side by side
 
 
-class ArgumentError(DitAccelError, ValueError):
-    """An argument of `compare`, or of the pipeline call that it makes, is not allowed."""
+@dataclass(frozen=True)
+class Motion:
+    """What a video says beyond its frames, see `video`. worst_frame_psnr: of all frames of the item; temporal_psnr and
+    flicker: means over its videos, `None` under 2 and 3 frames.
+    """
+
+    worst_frame_psnr: float
+    temporal_psnr: float | None
+    flicker: float | None
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Way:
     """One way of making one item, held against its plain run. Metrics are means over the item's pictures or frames.
 
     seconds: median; psnr: inf where all pictures are identical; ssim: `None` for pictures under 11 pixels a side;
-    relative_l2: of the final latents, `None` where the pipeline does not show them.
+    relative_l2: of the final latents, `None` where the pipeline does not show them; motion: `None` for images.
     """
 
     steps: int
@@ -39,6 +50,7 @@ class Way:
     psnr: float
     ssim: float | None
     relative_l2: float | None
+    motion: Motion | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,15 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class MotionSummary:
+    """Over the items; see `Motion` and `quality.Summary`."""
+
+    worst_frame_psnr: Summary
+    temporal_psnr: Summary | None
+    flicker: Summary | None
+
+
+@dataclass(frozen=True)
 class WaySummary:
     """Means over the items; wall_ratio: median over the items of seconds / plain seconds; see `quality.Summary`."""
 
@@ -72,6 +93,7 @@ class WaySummary:
     psnr: Summary
     ssim: Summary | None
     relative_l2: Summary | None
+    motion: MotionSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +109,21 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """The videos of one item, each [F, C, H, W] in [0, 1]."""
+
+    prompt: str | None
+    seed: int
+    plain: Tensor
+    accelerated: Tensor
+    fewer: Tensor
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What `compare` measured. accelerated, fewer: summaries over `items`; state_bytes: peak memory of cached features;
-    report: the session's own; pictures: of some items and of the worst one; strip: step records of the first item.
+    report: the session's own; pictures: of some items and of the worst one; clip: the worst item's, `None` for images;
+    strip: step records of the first item.
     """
 
     pipeline: str
@@ -108,6 +142,7 @@ class Comparison:
     items: tuple[Item, ...]
     failures: tuple[Failure, ...]
     pictures: tuple[Pictures, ...] = field(repr=False, compare=False)
+    clip: Clip | None = field(repr=False, compare=False)
     strip: tuple[StepRecord, ...] = field(repr=False, compare=False)
 
     @property
@@ -118,11 +153,15 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready. Numbers that JSON cannot hold are null: a PSNR of null is that of identical pictures
         where `identical` says so, and of a picture that is not finite otherwise."""
-        data = {name: value for name, value in vars(self).items() if name not in ("pictures", "strip")}
+        data = {name: value for name, value in vars(self).items() if name not in ("pictures", "clip", "strip")}
         data = _plain_data(data | {"worst": {"prompt": self.worst.prompt, "seed": self.worst.seed}})
         for row, item in zip(data["items"], self.items):
             row["accelerated"]["identical"] = item.accelerated.psnr == math.inf
             row["fewer"]["identical"] = item.fewer.psnr == math.inf
+        for row in (data, *data["items"]):
+            for way in (row["accelerated"], row["fewer"]):
+                if way["motion"] is None:  # images
+                    del way["motion"]
         return data
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -132,14 +171,12 @@ class Comparison:
         """Aligned text: plain, accelerated and fewer steps, one line each, and what is needed to read them."""
         head = ("", "steps", "FLOPs", "blocks", "wall", "PSNR dB (95 %)", "worst", "SSIM", "worst", "latents rel. L2")
         plain = ("plain", str(self.steps), "1.000", "1.000", "1.00", "reference", "", "", "", "")
-        rows = [head, plain, _row("accelerated", self.accelerated), _row("fewer steps", self.fewer)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)
-            )
-            for pairs in (list(zip(row, widths)) for row in rows)
-        ]
+        ways = {"accelerated": self.accelerated, "fewer steps": self.fewer}
+        lines = _aligned([head, plain, *(_row(name, way) for name, way in ways.items())])
+        moving = [_motion_row(name, way.motion) for name, way in ways.items() if way.motion is not None]
+        if moving:
+            head = ("video", "worst frame dB", "worst", "temporal PSNR dB", "worst", "flicker", "worst")
+            lines += _aligned([head, *moving])
         name = f'"{self.policy_name}"' if self.policy_name else "a policy of your own"
         lines.insert(0, f"{self.pipeline} with {name}, {len(self.items)} items, plain {self.plain_seconds:.2f} s each")
         lines.append(f"Worst accelerated: {_label(self.worst.prompt, self.worst.seed)}.")
@@ -155,8 +192,12 @@ class Comparison:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write comparison.json, table.txt, grid.png and strip.png into a folder, each complete or absent; their paths."""
+def write_report(comparison: Comparison, folder: str | os.PathLike[str], fps: float = FPS) -> list[Path]:
+    """Write comparison.json, table.txt, grid.png and strip.png into a folder, each complete or absent; their paths.
+
+    Of videos the grid shows worst frames, and the worst item stands in sheet.png and, `fps` frames a second, in
+    plain.mp4, accelerated.mp4, fewer.mp4 and side-by-side.mp4, which holds these three in this order.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +212,22 @@ def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> list
     cache, first = comparison.policy["cache"], comparison.items[0]
     title = f"{comparison.policy_name or 'policy'}: {_label(first.prompt, first.seed)}"
     strip_chart(comparison.strip, paths[3], cache and cache["threshold"], title)
-    return paths
+    return paths if comparison.clip is None else paths + _write_clip(comparison.clip, folder, fps)
+
+
+def _write_clip(clip: Clip, folder: Path, fps: float) -> list[Path]:
+    sheet = folder / "sheet.png"
+    contact_sheet(clip.plain, clip.accelerated, clip.fewer, sheet, f"Worst: {_label(clip.prompt, clip.seed)}")
+    gap = torch.ones(*clip.plain.shape[:-1], _GAP)
+    videos = {
+        "plain": clip.plain,
+        "accelerated": clip.accelerated,
+        "fewer": clip.fewer,
+        "side-by-side": torch.cat([clip.plain, gap, clip.accelerated, gap, clip.fewer], dim=-1),
+    }
+    for name, frames in videos.items():
+        write_mp4(folder / f"{name}.mp4", frames, fps)
+    return [sheet, *(folder / f"{name}.mp4" for name in videos)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the text
@@ -192,6 +248,28 @@ def _row(name: str, way: WaySummary) -> tuple[str, ...]:
         f"{similar.worst:.4f}" if similar else "-",
         f"{distance.mean:.4f}" if distance else "-",
     )
+
+
+def _motion_row(name: str, motion: MotionSummary) -> tuple[str, ...]:
+    frame, change, unrest = motion.worst_frame_psnr, motion.temporal_psnr, motion.flicker
+    return (
+        name,
+        _decibel(frame.mean),
+        _decibel(frame.worst),
+        _decibel(change.mean) if change else "-",
+        _decibel(change.worst) if change else "-",
+        f"{unrest.mean:.5f}" if unrest else "-",
+        f"{unrest.worst:.5f}" if unrest else "-",
+    )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns of equal width, the first one flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
 
 
 def _decibel(level: float) -> str:

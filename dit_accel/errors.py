@@ -15,8 +15,16 @@ class PolicyError(DitAccelError, ValueError):
     """A policy, or a setting in it, is not allowed."""
 
 
+class ArgumentError(DitAccelError, ValueError):
+    """An argument of `compare` or of a pipeline call, or a prompt, is not allowed."""
+
+
 class UnsupportedModelError(DitAccelError, TypeError):
     """The pipeline or model cannot be accelerated by the mechanism that was asked for."""
+
+
+class CheckpointError(DitAccelError, ValueError):
+    """A folder of saved weights, or the config in it, cannot be used."""
 
 
 class NonFiniteError(DitAccelError, ArithmeticError):

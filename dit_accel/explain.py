@@ -56,9 +56,10 @@ def explain(
         lines += _denoiser_lines(key, module)
     lines += _policy_lines(checked)
     if checked.cache is not None and not checked.is_exact:
-        lines += [line for key, module in denoisers.items() for line in _cost_lines(checked.cache, key, module, steps)]
-        if len(denoisers) > 1:
-            lines.append("Denoisers that take turns each compute first steps of their own.")
+        turns = turns_of(target, denoisers, steps)
+        lines += _turn_lines(target, denoisers, turns)
+        for key, module in denoisers.items():
+            lines += _cost_lines(checked.cache, key, module, steps, turns.get(key))
     problems += _problems(checked, target, denoisers, steps)
     lines.append("Nothing is known to be in the way." if not problems else "In the way:")
     return "\n".join(lines + [f"  {sentence}" for sentence in problems])
@@ -108,36 +109,88 @@ def _stand_in(forecast: Forecast) -> str:
     return text if forecast.anchors == 1 else f"{text}, over {_COORDINATES[forecast.coordinate]}"
 
 
-def _cost_lines(cache: BlockCache, name: str, module: nn.Module, steps: int | None) -> list[str]:
+def _turn_lines(target: Any, denoisers: Mapping[str, nn.Module], turns: Mapping[str, range]) -> list[str]:
+    """Which denoiser is called when, if there is more than one."""
+    if len(denoisers) < 2:
+        return []
+    first, second = list(denoisers)[:2]
+    ratio = _boundary(target, denoisers)
+    if isinstance(ratio, float):
+        known = f"{first} denoises from boundary_ratio {ratio:g} of the noise upwards and {second} below it"
+        if turns:
+            known += f": {first} steps {_ranges(list(turns[first]))}, {second} steps {_ranges(list(turns[second]))}"
+    elif ratio is None:
+        known = "Denoisers may take turns"
+    else:
+        return [f"The pipeline has no boundary_ratio, so it calls {first} at every step and {second} never."]
+    return [f"{known}. Denoisers that take turns each compute first steps of their own."]
+
+
+def _cost_lines(cache: BlockCache, name: str, module: nn.Module, steps: int | None, turn: range | None) -> list[str]:
     total = sum(map(len, find_block_lists(module).values()))
-    if total < cache.probe_blocks + 2:
+    if total < cache.probe_blocks + 2 or (turn is not None and not turn):
         return []
     if steps is None:
         if cache.max_skips is None:
             return [f"{name}, over many steps: at least {cache.probe_blocks / total:.1%} of the block calls run."]
         share = (total + cache.max_skips * cache.probe_blocks) / ((cache.max_skips + 1) * total)
         return [f"{name}, over many steps: at least {share:.1%} of the block calls run."]
-    skipped, forced = fullest_schedule(cache, steps)
-    share = 1 - len(skipped) * (total - cache.probe_blocks) / (steps * total)
+    skipped, forced = fullest_schedule(cache, steps, turn)
+    count = len(turn or range(steps))
+    share = 1 - len(skipped) * (total - cache.probe_blocks) / (count * total)
+    over = f"over {steps} steps" if count == steps else f"over its {count} of {steps} steps"
     return [
-        f"{name}, over {steps} steps: steps {_ranges(forced)} are always computed, at most {len(skipped)} are "
+        f"{name}, {over}: steps {_ranges(forced)} are always computed, at most {len(skipped)} are "
         f"skipped, so at least {share:.1%} of the block calls run."
     ]
 
 
-def fullest_schedule(cache: BlockCache, steps: int) -> tuple[list[int], list[int]]:
+def _boundary(target: Any, denoisers: Mapping[str, nn.Module]) -> float | bool | None:
+    """Wan 2.2's rule: time steps from this share of the trained ones upwards are the first denoiser's, the others the
+    second's. False: the pipeline knows the rule and has none; `None`: it does not know it."""
+    config = getattr(target, "config", {})
+    if list(denoisers) != ["transformer", "transformer_2"] or "boundary_ratio" not in config:
+        return None
+    ratio = config["boundary_ratio"]
+    return False if ratio is None else float(ratio)
+
+
+def turns_of(target: Any, denoisers: Mapping[str, nn.Module], steps: int | None) -> dict[str, range]:
+    """Denoiser name -> the steps that are its own; empty where there is one denoiser, or it is not known."""
+    ratio = _boundary(target, denoisers)
+    if ratio is None or steps is None:
+        return {}
+    first, second = denoisers
+    if ratio is False:
+        return {first: range(steps), second: range(0)}
+    scheduler = target.scheduler
+    try:
+        copied = type(scheduler).from_config(scheduler.config)
+        copied.set_timesteps(steps)
+    except (TypeError, ValueError):  # one that wants to know more than the number of steps
+        return {}
+    border = ratio * scheduler.config["num_train_timesteps"]
+    noisy = [bool(time >= border) for time in copied.timesteps]
+    count = sum(noisy)
+    if len(noisy) != steps or not all(noisy[:count]):  # a solver that repeats time steps
+        return {}
+    return {first: range(count), second: range(count, steps)}
+
+
+def fullest_schedule(cache: BlockCache, steps: int, turn: range | None = None) -> tuple[list[int], list[int]]:
     """Steps skipped if the indicator never objects, and steps that are computed whatever it says.
 
-    The first step observes the model and the second gives the first residual, so neither can be skipped.
+    turn: the steps that are this denoiser's, default all. Its first one observes the model and its second one gives the
+    first residual, so neither can be skipped.
     """
     skipped: list[int] = []
     forced: list[int] = []
     skips = 0
-    for step in range(steps):
-        reason = must_compute(cache, step, steps - step, skips)
-        if step < 2 or reason in ("warm-up", "tail"):
+    for seen, step in enumerate(range(steps) if turn is None else turn):
+        reason = must_compute(cache, seen, steps - step, skips)
+        if seen < 2 or reason in ("warm-up", "tail"):
             forced.append(step)
-        skips = 0 if reason or step < 2 else skips + 1
+        skips = 0 if reason or seen < 2 else skips + 1
         if skips:
             skipped.append(step)
     return skipped, forced
@@ -164,6 +217,11 @@ def _problems(policy: Policy, target: Any, denoisers: dict[str, nn.Module], step
             f"{steps} steps are too few: with warmup {cache.warmup} and tail {cache.tail} nothing could be skipped; "
             f"give at least {cache.fewest_steps} steps, or lower them."
         )
+    for name, turn in turns_of(target, denoisers, steps).items():
+        if steps is not None and 0 < len(turn) < steps and not fullest_schedule(cache, steps, turn)[0]:
+            problems.append(
+                f"{name} gets {len(turn)} of {steps} steps, too few for this policy to skip any; give more steps."
+            )
     for name, module in denoisers.items():
         longest = sum(map(len, find_block_lists(module).values()))
         if longest < cache.probe_blocks + 2:

@@ -1,6 +1,7 @@
 """Quality: how near a picture is to its reference, one number an image, and what a list of such numbers says.
 
-PSNR; SSIM as Wang et al. 2004 (Gaussian window, sigma 1.5, population covariance; equal to scikit-image); relative L2.
+PSNR; SSIM as Wang et al. 2004 (Gaussian window, sigma 1.5, population covariance; equal to scikit-image); relative L2;
+with a `FeatureExtractor`: a distance of features, and whether a picture still shows what its caption says.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    from dit_accel.features import FeatureExtractor
 
 SSIM_WINDOW = 11  # pixels: radius int(3.5 * 1.5 + 0.5) = 5 on both sides of the centre
 _SIGMA = 1.5
@@ -172,3 +176,101 @@ def _listed(name: str, values: Sequence[float] | Tensor) -> list[float]:
 
 def _not_identical(values: list[float]) -> Tensor:
     return torch.tensor([value for value in values if value != math.inf], dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ what a network sees
+
+
+@torch.no_grad()
+def feature_distance(a: Tensor, b: Tensor, extractor: FeatureExtractor) -> Tensor:
+    """How different a network finds images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] -> [B] float64 in [0, 2].
+
+    LPIPS (Zhang et al. 2018, equation 1, all weights one): the mean over the layers of the mean over the places (and
+    frames) of |f(a) / |f(a)| - f(b) / |f(b)||^2, f the channels of one place. Identical items give 0; an item that
+    is not finite gives NaN. Numbers of different extractors cannot be compared, nor with those of LPIPS.
+    """
+    if a.shape != b.shape:
+        raise QualityError(
+            f"feature_distance got shapes {list(a.shape)} and {list(b.shape)}; give two equal shapes [B, ...]."
+        )
+    _check_extracted("feature_distance", a, extractor)
+    _check_extracted("feature_distance", b, extractor)
+    # One item at a time: what an item is compared with cannot depend on its neighbours, nor the memory on the batch.
+    return torch.stack([_feature_distance_of_one(x[None], y[None], extractor) for x, y in zip(a, b)])
+
+
+def _feature_distance_of_one(a: Tensor, b: Tensor, extractor: FeatureExtractor) -> Tensor:
+    layers = [
+        (_unit(x.double()) - _unit(y.double())).square().sum(dim=-3).mean()
+        for x, y in zip(extractor.features(a), extractor.features(b))
+    ]
+    return torch.stack(layers).mean()
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """Channels [..., C, H, W] scaled to length one; where nothing was found (all zero) they stay zero."""
+    length = maps.norm(dim=-3, keepdim=True)
+    return torch.where(length == 0, maps, maps / length)
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Which of B items show what their captions say. satisfied, counted: bool [B] on the CPU.
+
+    An item does not count where its caption says nothing of what is asked; it is not satisfied then. count: how many
+    count, at least one. share: of these, how many are satisfied.
+    """
+
+    satisfied: Tensor
+    counted: Tensor
+
+    @property
+    def count(self) -> int:
+        return int(self.counted.sum())
+
+    @property
+    def share(self) -> float:
+        return int(self.satisfied.sum()) / self.count
+
+
+@torch.no_grad()
+def caption_satisfied(items: Tensor, captions: Sequence[str], extractor: FeatureExtractor) -> dict[str, Accuracy]:
+    """Whether images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] still show what their B captions say.
+
+    One `Accuracy` for each head of which at least one caption names a word (`FeatureExtractor.expected`), and "all":
+    whether every head that the item's caption names is satisfied. An item that is not finite satisfies nothing.
+    """
+    _check_extracted("caption_satisfied", items, extractor)
+    if isinstance(captions, str) or len(captions) != len(items):
+        given = "one text" if isinstance(captions, str) else f"{len(captions)} captions"
+        raise QualityError(f"caption_satisfied got {given} for {len(items)} items; give a list of one caption an item.")
+    expected = [extractor.expected(caption) for caption in captions]
+    if not any(expected):
+        raise QualityError(
+            f"caption_satisfied got captions such as {captions[0]!r}, of which the extractor knows no word; "
+            f"it knows: {'; '.join(', '.join(words) for words in extractor.config.heads.values())}."
+        )
+    seen = [extractor.predict(part) for part in items.split(8 if extractor.config.frames else 64)]
+    finite = torch.stack([torch.isfinite(item).all() for item in items]).cpu()
+    found = {}
+    for name in extractor.config.heads:
+        words = [word for part in seen for word in part[name]]
+        counted = torch.tensor([name in wanted for wanted in expected])
+        if counted.any():
+            right = torch.tensor([wanted.get(name) == word for wanted, word in zip(expected, words)])
+            found[name] = Accuracy(right & finite, counted)
+    counted = torch.stack([one.counted for one in found.values()]).any(0)
+    right = torch.stack([one.satisfied | ~one.counted for one in found.values()]).all(0)
+    return found | {"all": Accuracy(right & counted, counted)}
+
+
+def _check_extracted(name: str, items: Tensor, extractor: FeatureExtractor) -> None:
+    """Refuse what would give a number that means nothing; the shape is checked by the extractor itself."""
+    if extractor.training:
+        raise QualityError(
+            f"{name} got an extractor in training mode, which changes as it looks; call its eval() first."
+        )
+    extractor.check(items)
+    low, high = float(items.amin()), float(items.amax())
+    if low < -0.01 or high > 1.01:  # not so for NaN
+        raise QualityError(f"{name} got values from {low:.3g} to {high:.3g}; give pictures in [0, 1].")

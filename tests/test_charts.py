@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_accel.charts import CELL, COLOURS, GAP, LEFT, MARGIN, comparison_grid, strip_chart
+from dit_accel.charts import CELL, COLOURS, GAP, LARGEST_SIDE, LEFT, MARGIN, comparison_grid, contact_sheet, strip_chart
 from dit_accel.errors import DitAccelError
 from dit_accel.stats import StepRecord
 
@@ -41,6 +41,33 @@ def test_grid_shows_plain_accelerated_and_amplified_difference(tmp_path: Path) -
             image = (images[row] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(cell, image.repeat(scale, 0).repeat(scale, 1))
     assert pixels.shape == (MARGIN + HEADING + 2 * (128 + GAP), 2 * MARGIN + 3 * 192 + 2 * GAP, 3)
+
+
+def test_contact_sheet_shows_evenly_chosen_frames_of_all_ways(tmp_path: Path) -> None:
+    plain = torch.rand(12, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    accelerated, fewer = (plain + 0.1 * torch.rand(plain.shape)).clamp(0, 1), plain.flip(0)
+    contact_sheet(plain, accelerated, fewer, tmp_path / "sheet.png", "a title", amplify=5.0, columns=4)
+    pixels = read(tmp_path / "sheet.png")
+    scale, left, top = 4, 110, MARGIN + 44
+    for row, frames in enumerate([plain, accelerated, fewer, (5 * (accelerated - plain).abs()).clamp(0, 1)]):
+        for column, index in enumerate((0, 4, 7, 11)):
+            y, x = top + row * (32 * scale + GAP), left + column * (48 * scale + GAP)
+            image = (frames[index] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            cell = pixels[y : y + 32 * scale, x : x + 48 * scale]
+            np.testing.assert_array_equal(cell, image.repeat(scale, 0).repeat(scale, 1))
+    assert pixels.shape[1] == left + 4 * (48 * scale + GAP) + MARGIN
+
+
+def test_contact_sheet_of_few_large_and_broken_frames(tmp_path: Path) -> None:
+    plain = torch.rand(2, 1, 400, 800)
+    broken = torch.full_like(plain, float("nan"))
+    contact_sheet(plain, broken, plain, tmp_path / "sheet.png", "a title " * 200)
+    pixels = read(tmp_path / "sheet.png")
+    assert pixels.shape == (MARGIN + 44 + 4 * (LARGEST_SIDE // 2 + GAP) + MARGIN, 110 + 2 * (320 + GAP) + MARGIN, 3)
+    contact_sheet(plain[:1], plain[:1], plain[:1], tmp_path / "one.png")
+    with pytest.raises(DitAccelError, match=r"\[2, 1, 400, 800\], \[1, 1, 400, 800\], \[2, 1, 400, 800\]"):
+        contact_sheet(plain, plain[:1], plain, tmp_path / "none.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "sheet.png"]
 
 
 def test_grid_of_gray_large_and_broken_images(tmp_path: Path) -> None:

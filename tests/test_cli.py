@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import jsonschema
 import pytest
 import torch
@@ -90,6 +91,31 @@ def test_compare_prints_the_table(run: Run, folder: Path) -> None:
     assert [line.split("  ")[0] for line in text.splitlines()[2:5]] == ["plain", "accelerated", "fewer steps"]
 
 
+def test_prompts_are_classes_where_a_pipeline_is_told_a_class(run: Run, folder: Path) -> None:
+    code, text, err = run("compare", str(folder), "--policy", "fora", "--steps", "8", "--prompts", "2", "--json")
+    data = json.loads(text)
+    assert code == 0 and not err and [item["prompt"] for item in data["items"]] == ["2"]
+    _, text, _ = run("compare", str(folder), "--policy", "fora", "--steps", "8", "--arg", "class_labels=[2]", "--json")
+    assert json.loads(text)["items"][0]["accelerated"]["psnr"] == data["items"][0]["accelerated"]["psnr"]
+
+
+def test_videos_need_pyav_and_say_so_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = tiny_pipelines.build("wan", 4)
+    arguments = {key: value for key, value in tiny.arguments.items() if key != "output_type"}
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: tiny.pipe)
+    monkeypatch.setattr(cli, "call_defaults", lambda *_: arguments)
+    words = ["compare", "wan", "--policy", "fora", "--steps", "8", "--out", str(tmp_path / "out")]
+    code, text, err = run(*words, "--fps", "10")
+    assert code == 0 and "temporal PSNR dB" in text and err.count(".mp4") == 4
+    with av.open(str(tmp_path / "out" / "plain.mp4")) as container:
+        assert container.streams.video[0].average_rate == 10
+    monkeypatch.setitem(sys.modules, "av", None)
+    code, text, err = run(*words)
+    assert code == 4 and not text and "pip install av" in err
+    code, text, _ = run(*words[:-2])
+    assert code == 0 and "temporal PSNR dB" in text, "without files nothing is missing"
+
+
 def test_explain(run: Run, folder: Path) -> None:
     code, text, err = run("explain", str(folder), "--policy", "fora", "--steps", "8")
     assert code == 0 and not err
@@ -105,7 +131,12 @@ def test_explain(run: Run, folder: Path) -> None:
         (["compare", "{folder}", "--arg", "class_labels"], "not KEY=JSON"),
         (["compare", "{folder}", "--arg", "class_labels=cat"], "not KEY=JSON"),
         (["compare", "{folder}", "--arg", "class_label=[1]"], "'class_labels'"),
-        (["compare", "{folder}", "--prompts", "a cat"], "takes no argument 'prompt'"),
+        (
+            ["compare", "{folder}", "--prompts", "a cat"],
+            "DiTPipeline knows no class 'a cat'; give a number from 0 to 999",
+        ),
+        (["compare", "{folder}", "--prompts", "2", "--arg", "class_labels=[1]"], "'class_labels' is set by `prompts`"),
+        (["compare", "{folder}", "--fps", "0"], "give an integer of at least 1"),
         (["compare", "{folder}", "--prompts-file", "{folder}/none.txt"], "cannot be read"),
         (["compare", "{folder}", "--steps", "2"], "too few"),
         (["compare", "{folder}", "--out", "{folder}/model_index.json"], "is a file; give a folder"),
@@ -147,8 +178,7 @@ def test_prompts_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fo
     code, _, err = run("compare", str(folder), *words, "--arg", 'note="x=y"')
     assert code == 130 and "Interrupted" in err and not out.exists()
     assert given["prompts"] == ["a red dress", "a blue boot"] and given["seeds"] == [0] and given["steps"] == 50
-    assert given["arguments"] == {
-        "class_labels": [1],
+    assert given["arguments"] == {  # without the default class, since prompts say which
         "guidance_scale": 1.0,
         "negative_prompt": "",
         "height": 16,

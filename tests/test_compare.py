@@ -13,12 +13,13 @@ from PIL import Image
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.compare import compare
-from dit_accel.comparison import ArgumentError, write_report
+from dit_accel.comparison import write_report
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.subclass import owner_of
-from dit_accel.errors import NonFiniteError, PolicyError
+from dit_accel.errors import ArgumentError, NonFiniteError, PolicyError
 from dit_accel.quality import psnr, relative_l2, ssim
 from dit_accel.testing import tiny_pipelines
+from dit_accel.video import flicker, read_mp4, temporal_psnr
 
 POLICY = Policy(BlockCache(threshold=None, max_skips=2, warmup=2, tail=1), Forecast("newton", order=1))
 STEPS = 8
@@ -74,17 +75,96 @@ def test_numbers_are_those_of_calls_made_by_hand() -> None:
     assert [record.step for record in result.strip] == list(range(STEPS)) and result.strip[0].run != 0
 
 
-def test_video_is_compared_frame_by_frame() -> None:
+@pytest.mark.parametrize("name", ["wan", "wan22", "wan_i2v"])
+def test_video_is_compared_frame_by_frame_and_in_time(name: str) -> None:
+    pipe, arguments = tiny(name)
+    result = compare(pipe, POLICY, [None], [0, 1], STEPS, arguments, progress=False)
+    for item in result.items:
+        plain = images_by_hand(pipe, arguments, item.seed, STEPS)
+        with dit_accel.apply(pipe, POLICY) as session:
+            fast = images_by_hand(pipe, arguments, item.seed, STEPS)
+        denoisers = {step.denoiser for step in session.stats.steps if step.blocks_run < step.blocks_total}
+        assert denoisers == {*session.denoisers}, "every denoiser skips blocks"
+        assert len(session.denoisers) == (2 if name == "wan22" else 1)
+        assert item.accelerated.flops_share == session.stats.flops_share < 0.8
+        fewer = images_by_hand(pipe, arguments, item.seed, item.fewer.steps)
+        assert plain.ndim == 5 and plain.shape[1] == 9
+        for way, video in ((item.accelerated, fast), (item.fewer, fewer)):
+            frames = psnr(video[0], plain[0])
+            assert way.psnr == pytest.approx(float(frames.mean()), rel=1e-6)
+            assert way.ssim == pytest.approx(float(ssim(video[0], plain[0]).mean()), rel=1e-6)
+            assert way.motion is not None and way.motion.worst_frame_psnr == pytest.approx(float(frames.min()))
+            assert way.motion.temporal_psnr == pytest.approx(float(temporal_psnr(video, plain)), rel=1e-6)
+            assert way.motion.flicker == pytest.approx(float(flicker(video, plain)), rel=1e-6)
+        shown = result.pictures[item.seed]
+        assert shown.psnr == pytest.approx(item.accelerated.motion.worst_frame_psnr)
+        assert shown.plain.shape == (1, *plain.shape[2:])
+        if item == result.worst:
+            assert result.clip is not None and result.clip.seed == item.seed
+            assert torch.equal(result.clip.plain, plain[0]) and torch.equal(result.clip.accelerated, fast[0])
+            assert torch.equal(result.clip.fewer, fewer[0])
+    summary = result.accelerated.motion
+    motions = [item.accelerated.motion for item in result.items]
+    assert summary is not None and summary.flicker.worst == max(motion.flicker for motion in motions)
+    assert summary.temporal_psnr.worst == min(motion.temporal_psnr for motion in motions)
+    assert summary.worst_frame_psnr.mean == pytest.approx(sum(m.worst_frame_psnr for m in motions) / 2)
+
+
+def test_report_of_a_video(tmp_path: Path) -> None:
     pipe, arguments = tiny("wan")
+    result = compare(pipe, POLICY, [None], [0, 1], STEPS, arguments, progress=False)
+    paths = write_report(result, tmp_path, fps=12)
+    pictures = ["grid.png", "sheet.png", "strip.png"]
+    clips = ["accelerated.mp4", "fewer.mp4", "plain.mp4", "side-by-side.mp4"]
+    assert sorted(path.name for path in paths) == sorted(["comparison.json", "table.txt", *pictures, *clips])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        sheet.load()
+    count, _, height, width = result.clip.plain.shape
+    assert sheet.width > count * width and sheet.height > 4 * height
+    frames, fps = read_mp4(tmp_path / "accelerated.mp4")
+    assert fps == 12 and frames.shape == (count, 3, height, width)
+    assert float((frames - result.clip.accelerated).abs().mean()) < 0.05
+    beside, fps = read_mp4(tmp_path / "side-by-side.mp4")
+    assert fps == 12 and beside.shape == (count, 3, height, 3 * width + 8)
+    assert float((beside[..., -width:] - result.clip.fewer).abs().mean()) < 0.05
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    assert data["items"][0]["fewer"]["motion"].keys() == {"worst_frame_psnr", "temporal_psnr", "flicker"}
+    assert data["accelerated"]["motion"]["flicker"]["worst"] == result.accelerated.motion.flicker.worst
+    lines = result.table().splitlines()
+    head = next(line for line in lines if line.startswith("video"))
+    rows = lines[lines.index(head) + 1 :][:2]
+    assert [row.split("  ")[0].strip() for row in rows] == ["accelerated", "fewer steps"]
+    assert f"{result.fewer.motion.temporal_psnr.worst:.2f}" in rows[1] and len({map(len, [head, *rows])}) == 1
+
+
+def test_a_video_of_one_frame_has_no_measures_in_time(tmp_path: Path) -> None:
+    pipe, arguments = tiny("wan")
+    result = compare(pipe, POLICY, [None], [0], STEPS, arguments | {"num_frames": 1}, progress=False)
+    motion = result.items[0].accelerated.motion
+    assert motion is not None and motion.temporal_psnr is None and motion.flicker is None
+    assert motion.worst_frame_psnr == result.items[0].accelerated.psnr
+    assert result.accelerated.motion.temporal_psnr is None and "-  " in result.table()
+    assert len(write_report(result, tmp_path)) == 9
+
+
+def test_images_say_nothing_of_motion() -> None:
+    pipe, arguments = tiny("sd3")  # both guidance branches in one batch
     result = compare(pipe, POLICY, [None], [0], STEPS, arguments, progress=False)
-    plain = images_by_hand(pipe, arguments, 0, STEPS).flatten(0, 1)
-    with dit_accel.apply(pipe, POLICY):
-        fast = images_by_hand(pipe, arguments, 0, STEPS).flatten(0, 1)
-    assert len(plain) > 1
-    assert result.items[0].accelerated.psnr == pytest.approx(float(psnr(fast, plain).mean()), rel=1e-6)
-    assert result.items[0].accelerated.ssim == pytest.approx(float(ssim(fast, plain).mean()), rel=1e-6)
-    assert result.pictures[0].psnr == pytest.approx(float(psnr(fast, plain).min()), rel=1e-6)
-    assert result.pictures[0].plain.shape == (1, *plain.shape[1:])
+    assert result.clip is None and "temporal" not in result.table() and "motion" not in result.to_json()
+    assert result.accelerated.flops_share < 0.7 and result.accelerated.relative_l2 is not None
+    assert {step.branch for step in result.strip} == {"call 0"}
+
+
+def test_class_names_are_prompts() -> None:
+    pipe, _ = tiny("dit")
+    pipe.labels = {"dress": 3, "boot": 5}
+    result = compare(pipe, POLICY, ["boot", "3"], [0], STEPS, {"guidance_scale": 2.0}, progress=False)
+    assert [item.prompt for item in result.items] == ["boot", "3"]
+    plain = images_by_hand(pipe, {"class_labels": [5], "guidance_scale": 2.0}, 0, STEPS)
+    assert torch.equal(result.pictures[0].plain, plain)
+    with pytest.raises(ArgumentError, match="did you mean 'dress'"):
+        compare(pipe, POLICY, ["boot", "dres"], [0], STEPS, progress=False)
 
 
 @pytest.mark.parametrize("name", ["dit", "flux_modular"])

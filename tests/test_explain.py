@@ -7,9 +7,10 @@ import torch
 
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
+from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.errors import PolicyError
-from dit_accel.explain import explain, fullest_schedule
+from dit_accel.explain import explain, fullest_schedule, turns_of
 from dit_accel.testing import tiny_pipelines
 
 CACHES = [
@@ -51,7 +52,8 @@ def test_it_names_what_it_finds_and_touches_nothing() -> None:
     for name in ("transformer", "transformer_2"):
         assert f"\n{name}: WanTransformer3DModel, {count:.2f} M parameters, " in text
     assert "  blocks: 6 x WanTransformerBlock" in text
-    assert "steps 0 to 2 and 49 are always computed" in text and "take turns" in text
+    assert "transformer, over its 16 of 50 steps: steps 0 to 2 are always computed" in text
+    assert "transformer_2, over its 34 of 50 steps: steps 16 to 18 and 49 are always computed" in text
     after = (
         type(pipe),
         dict(vars(pipe)),
@@ -62,6 +64,55 @@ def test_it_names_what_it_finds_and_touches_nothing() -> None:
     for name, attributes in before[2].items():
         assert attributes.keys() == after[2][name].keys()
         assert all(attributes[key] is after[2][name][key] for key in attributes)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("boundary", [0.7, 0.875])
+def test_two_denoisers_each_have_their_own_run_of_steps(cache: BlockCache, boundary: float) -> None:
+    tiny = tiny_pipelines.build("wan22", 6)
+    tiny.pipe.register_to_config(boundary_ratio=boundary)
+    with dit_accel.apply(tiny.pipe, Policy(cache)) as session:
+        tiny_pipelines.call(tiny, steps=24)
+    text = explain(tiny.pipe, Policy(cache), 24)
+    turns = turns_of(tiny.pipe, find_denoisers(tiny.pipe), 24)
+    assert list(turns) == ["transformer", "transformer_2"]
+    for name, turn in turns.items():
+        own = [step for step in session.stats.steps if step.denoiser == name]
+        assert sorted({step.step for step in own}) == list(turn)
+        skipped, forced = fullest_schedule(cache, 24, turn)
+        assert sorted({step.step for step in own if step.blocks_run < step.blocks_total}) == skipped != []
+        first_steps = ("observing", "no anchor", "warm-up", "tail")
+        assert sorted({step.step for step in own if step.reason in first_steps}) == forced
+        share = sum(step.blocks_run for step in own) / sum(step.blocks_total for step in own)
+        line = next(line for line in text.splitlines() if line.startswith(f"{name}, "))
+        assert f"its {len(turn)} of 24 steps" in line and f"at most {len(skipped)} are skipped" in line
+        assert f"at least {share:.1%} of the block calls run" in line
+    assert f"boundary_ratio {boundary:g}" in text and "first steps of their own" in text
+
+
+def test_it_says_when_a_denoiser_gets_too_few_steps_or_none() -> None:
+    pipe = tiny_pipelines.build("wan22", 6).pipe
+    assert "transformer gets 3 of 8 steps, too few" in problems(pipe, "balanced", 8)
+    assert "transformer steps 0 to 2, transformer_2 steps 3 to 7" in explain(pipe, "balanced", 8)
+    assert not problems(pipe, "balanced", 50)
+    assert "from boundary_ratio 0.875 of the noise upwards and transformer_2 below it." in explain(pipe, "balanced")
+    pipe.register_to_config(boundary_ratio=None)
+    text = explain(pipe, "balanced", 20)
+    assert "calls transformer at every step and transformer_2 never" in text
+    assert (
+        "transformer, over 20 steps" in text
+        and "transformer_2, over" not in text
+        and not problems(pipe, "balanced", 20)
+    )
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_i2v", "dit", "sd3"])
+def test_one_denoiser_has_all_steps(name: str) -> None:
+    pipe = tiny_pipelines.build(name, 6).pipe
+    text = explain(pipe, "balanced", 20)
+    assert turns_of(pipe, find_denoisers(pipe), 20) == {} and "turns" not in text
+    assert "transformer, over 20 steps: steps 0 to 2 and 19 are always computed" in text
+    assert "Nothing is known to be in the way" in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.quality import bootstrap_interval, images_of, psnr, relative_l2, ssim, summarize
+from dit_accel.features import ExtractorConfig, FeatureExtractor
+from dit_accel.quality import (
+    bootstrap_interval,
+    caption_satisfied,
+    feature_distance,
+    images_of,
+    psnr,
+    relative_l2,
+    ssim,
+    summarize,
+)
 
 skimage = pytest.importorskip("skimage.metrics")
 SHAPES = [(11, 11), (17, 23), (32, 32), (12, 64)]
@@ -129,3 +139,111 @@ def test_what_is_no_picture_is_refused() -> None:
         with pytest.raises(DitAccelError, match=message):
             images_of(result)
     assert images_of(torch.full((1, 3, 5, 7), float("nan"))).isnan().all()  # the metrics tell of it
+
+
+# ------------------------------------------------------------------------------------------------ what a network sees
+
+
+def extractor(frames: bool = False) -> FeatureExtractor:
+    torch.manual_seed(0)
+    heads = {"noun": ("dress", "shirt", "t-shirt"), "colour": ("red", "blue")}
+    model = FeatureExtractor(ExtractorConfig((4, 6), frames, heads))
+    model(torch.rand((4, 3, 3, 16, 16) if frames else (4, 3, 16, 16)))
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 17, 20), (3, 4, 3, 17, 20)])
+def test_feature_distance_is_a_distance(shape: tuple[int, ...]) -> None:
+    model = extractor(len(shape) == 5)
+    generator = torch.Generator().manual_seed(2)
+    a, noise = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+    b = (a + 0.2 * noise).clamp(0, 1)
+    distances = feature_distance(a, b, model)
+    assert distances.shape == (3,) and distances.dtype == torch.float64 and not distances.requires_grad
+    assert (distances > 0).all() and (distances <= 2).all()
+    assert torch.equal(distances, feature_distance(b, a, model))
+    assert torch.equal(distances[1:2], feature_distance(a[1:2], b[1:2], model))
+    assert feature_distance(a, a.clone(), model).tolist() == [0.0] * 3
+    nearer = feature_distance(a, (a + 0.05 * noise).clamp(0, 1), model)
+    assert (nearer < distances).all() and (nearer > 0).all()
+    broken = b.clone()
+    broken[1, ..., 3] = math.nan
+    assert feature_distance(a, broken, model).isnan().tolist() == [False, True, False]
+
+
+def test_feature_distance_by_hand() -> None:
+    class Known(FeatureExtractor):
+        """Maps that are known: the picture itself, and its channels of which one is silent."""
+
+        def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x, torch.cat([torch.zeros_like(x), x[:, :1]], dim=1)]
+
+    model = Known(ExtractorConfig((4,), False, {"noun": ("dress",)})).eval()
+    a, b = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
+    a[:, 0, :8], a[:, 1, 8:] = 0.5, 0.25  # first channel above, second below
+    b[:, 0, :8], b[:, 2, 8:] = 0.1, 0.75  # first channel above, third below
+    # First layer: the same direction above (0), right angles below (2): 1. Second: the same above, silent below: 0.
+    assert feature_distance(a, b, model).tolist() == [pytest.approx(0.5)]
+    assert feature_distance(a, torch.zeros_like(a), model).tolist() == [pytest.approx((1 + 0.5) / 2)]
+
+
+def test_captions_are_held_against_what_is_seen() -> None:
+    class Scripted(FeatureExtractor):
+        """Sees a red dress where the first pixel is dark, a blue t-shirt where it is light."""
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            light = x[:, 0, 0, 0]
+            noun, colour = torch.stack([1 - light, 0 * light, light], 1), torch.stack([1 - light, light], 1)
+            return {"noun": noun, "colour": colour}
+
+    model = Scripted(extractor().config).eval()
+    items = torch.zeros(5, 3, 16, 16)
+    items[2:] = 1.0
+    items[4, 1, 3, 3] = math.nan
+    captions = ["a red dress", "a blue dress", "a t-shirt", "nothing known", "a blue t-shirt"]
+    found = caption_satisfied(items, captions, model)
+    assert list(found) == ["noun", "colour", "all"]
+    yes = {name: one.satisfied.tolist() for name, one in found.items()}
+    counted = {name: one.counted.tolist() for name, one in found.items()}
+    assert yes["noun"] == [True, True, True, False, False] and counted["noun"] == [True, True, True, False, True]
+    assert yes["colour"] == [True, False, False, False, False] and counted["colour"] == [True, True, False, False, True]
+    assert yes["all"] == [True, False, True, False, False] and counted["all"] == [True, True, True, False, True]
+    assert {n: (one.count, one.share) for n, one in found.items()} == {
+        "noun": (4, 0.75),
+        "colour": (3, 1 / 3),
+        "all": (4, 0.5),
+    }
+    assert list(caption_satisfied(items[:1], ["a shirt"], model)) == ["noun", "all"]
+    many = caption_satisfied(items[:1].expand(130, -1, -1, -1), ["a red dress"] * 129 + ["a blue dress"], model)
+    assert many["all"].satisfied.tolist() == [True] * 129 + [False]
+
+
+def test_what_a_network_cannot_see_is_refused() -> None:
+    model, image = extractor(), torch.rand(2, 3, 16, 16)
+    captions = ["a red dress", "a shirt"]
+    for items, given, message in (
+        (image, captions[:1], "1 captions for 2 items"),
+        (image, captions[0], "one text for 2 items"),
+        (image, ["cat", "dog"], "knows: dress, shirt, t-shirt; red, blue"),
+        (image[:0], [], r"\[0, 3, 16, 16\]"),
+        (image[0], captions, r"\[B, 3, H, W\]"),
+        (image * 2 - 1, captions, r"give pictures in \[0, 1\]"),
+        (image[..., :8], captions, "at least 16"),
+    ):
+        with pytest.raises(DitAccelError, match=message):
+            caption_satisfied(items, given, model)
+    for a, b, message in (
+        (image, image[:1], r"\[2, 3, 16, 16\] and \[1, 3, 16, 16\]"),
+        (image, image * 255, r"give pictures in \[0, 1\]"),
+        (image[:0], image[:0], r"\[0, 3, 16, 16\]"),
+        (image[:, :1], image[:, :1], r"\[B, 3, H, W\]"),
+    ):
+        with pytest.raises(DitAccelError, match=message):
+            feature_distance(a, b, model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    with pytest.raises(DitAccelError, match="eval"):
+        feature_distance(image, image, model)
+    with pytest.raises(DitAccelError, match="eval"):
+        caption_satisfied(image, captions, model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -6,7 +6,7 @@ python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipeline
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,52 +14,74 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dit_accel.bench.measure import Workload, magnitude_ratios
-from dit_accel.bench.methods import methods
+from dit_accel.bench.measure import Result, Workload, load_workload, magnitude_ratios
+from dit_accel.bench.methods import Method, methods
 from dit_accel.bench.results import versions, write_results
+from dit_accel.denoiser.find import find_denoisers
+from dit_accel.errors import UnsupportedModelError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="folder of a trained FluxPipeline with dit_accel_defaults.json")
+    parser.add_argument("pipeline", type=Path, help="folder of a trained pipeline with dit_accel_defaults.json")
     parser.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: PIPELINE/prompts.txt)")
     parser.add_argument("--items", type=int, default=32, help="prompts used, item i with seed i")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=1.0, help="true_cfg_scale; 1 is none")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="measure families whose name contains this")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
 
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(arguments.pipeline)
-    pipe.set_progress_bar_config(disable=True)
-    defaults = json.loads((arguments.pipeline / "dit_accel_defaults.json").read_text())
-    defaults.pop("true_cfg_scale", None)  # --guidance decides
-    prompts = (arguments.prompts or arguments.pipeline / "prompts.txt").read_text().splitlines()[: arguments.items]
-    workload = Workload(pipe, prompts, defaults, arguments.steps, arguments.guidance)
-    reference = [workload.image(item, arguments.steps) for item in tqdm(range(len(prompts)), desc="reference")]
-    chosen = methods(arguments.steps, arguments.guidance > 1, magnitude_ratios(workload))
-    results = []
-    bar = tqdm([method for method in chosen if arguments.only in method.family])
-    for method in bar:
-        bar.set_description(f"{method.family} {method.setting}")
-        results.append(workload.measure(method, reference))
-        row = results[-1]
-        quality = f"{row.psnr_mean:5.1f} dB, worst {row.psnr_worst:5.1f}"
-        bar.write(f"{row.family:36s} {row.setting:10s} share {row.share:.3f}  {quality}")
+    workload = load_workload(
+        arguments.pipeline, arguments.steps, arguments.guidance, arguments.items, arguments.prompts
+    )
+    skipped: dict[str, str] = {}
+    try:
+        ratios = magnitude_ratios(workload)
+    except UnsupportedModelError as error:
+        ratios, skipped["diffusers MagCache"] = None, str(error)
+        print(f"diffusers MagCache is left out: {error}.")
+    chosen = methods(arguments.steps, workload.branches, ratios)
+    results = measure_all(workload, [method for method in chosen if arguments.only in method.family], skipped)
     about = {
         "command": f"python -m dit_accel.bench.curves {arguments.pipeline} --guidance {arguments.guidance:g}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
-        "items": len(prompts),
+        "items": len(workload.prompts),
         "steps": arguments.steps,
         "guidance": arguments.guidance,
+        "left_out": skipped,
     }
     write_results(results, arguments.out, f"bench-guidance-{arguments.guidance:g}", about)
     return 0
+
+
+def measure_all(workload: Workload, chosen: Sequence[Method], skipped: dict[str, str]) -> list[Result]:
+    """A row for each method, printed as it comes; one that fails on this pipeline goes to `skipped` with its reason."""
+    trained = {name: copy.deepcopy(module) for name, module in find_denoisers(workload.pipe).items()}
+    results = []
+    bar = tqdm(chosen, disable=None)
+    for method in bar:
+        bar.set_description(f"{method.family} {method.setting}")
+        try:
+            row = workload.measure(method)
+        except Exception as error:  # a rival may raise anything where it does not know the model
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            skipped[f"{method.family} {method.setting}"] = reason
+            bar.write(f"{method.family:36s} {method.setting:10s} left out: {reason}")
+        else:
+            results.append(row)
+            quality = f"{row.psnr_mean:5.1f} dB, worst {row.psnr_worst:5.1f}"
+            bar.write(f"{row.family:36s} {row.setting:10s} share {row.share:.3f}  {quality}")
+        for name, module in trained.items():  # some leave hooks and patches behind
+            setattr(workload.pipe, name, copy.deepcopy(module))
+    if not torch.equal(workload.image(0, workload.steps), workload.reference[0]):
+        raise RuntimeError(
+            "A method left the pipeline changed, so nothing after it counts; measure it alone by --only."
+        )
+    return results
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""Measure: cost and quality of one method on one workload.
+"""Measure: cost and quality of one method on one workload, for any pipeline.
 
-Cost is the share of the blocks' FLOPs that was really executed, counted on a leaf inside every block (a hook on the
-block itself also fires when a cache skips its body). Quality is PSNR against the plain pipeline at full steps with the
-same seed, one image a call, from tensors.
+Cost is the FLOPs of the blocks that were really executed over those of the plain pipeline, counted on a leaf inside
+every block (a hook on the block itself also fires when a cache skips its body). Quality is PSNR against the plain
+pipeline at full steps with the same seed, one item a call, from tensors; of a video the mean over its frames.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import dit_accel
 from dit_accel import BlockCache, Policy
 from dit_accel.bench.methods import Method
-from dit_accel.denoiser.find import find_block_lists
-from dit_accel.quality import bootstrap_interval, psnr
+from dit_accel.calls import Caller
+from dit_accel.cli import call_defaults, load_pipeline
+from dit_accel.denoiser.find import find_block_lists, find_denoisers
+from dit_accel.errors import ArgumentError, UnsupportedModelError
+from dit_accel.quality import psnr, summarize
 
 
 @dataclass(frozen=True)
@@ -39,87 +44,176 @@ class Result:
     worst_item: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """Where a block stands in its denoiser, the path of a leaf that runs whenever the block does, and its cost."""
+
+    denoiser: str
+    leaf: str
+    flops: float
+
+
 class WorkCounter:
-    """Counts executed blocks by a hook on the first linear layer in each. shares: FLOPs of each block / of all."""
+    """Adds up the FLOPs of the blocks that run. calls: of the first block of each denoiser."""
 
-    def __init__(self, transformer: nn.Module, shares: Sequence[float]):
-        self.done = 0.0
+    def __init__(self, denoisers: Mapping[str, nn.Module], blocks: Sequence[Block]):
+        self.flops, self.calls = 0.0, 0
         self.handles = []
-        blocks = [block for blocks in find_block_lists(transformer).values() for block in blocks]
-        for block, share in zip(blocks, shares, strict=True):
-            leaf = next(m for m in block.modules() if isinstance(m, nn.Linear))
-            self.handles.append(leaf.register_forward_hook(lambda *_, share=share: self._add(share)))
+        known: set[str] = set()
+        for block in blocks:
+            leaf = denoisers[block.denoiser].get_submodule(block.leaf)
+            add = functools.partial(self._add, block.flops, block.denoiser not in known)
+            self.handles.append(leaf.register_forward_hook(lambda *_, add=add: add()))
+            known.add(block.denoiser)
 
-    def _add(self, share: float) -> None:
-        self.done += share
+    def _add(self, flops: float, is_first: bool) -> None:
+        self.flops += flops
+        self.calls += is_first
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
 
-@dataclass
+def find_blocks(name: str, denoiser: nn.Module, flops: Sequence[int], ran: Sequence[nn.Module]) -> list[Block]:
+    """The blocks of a denoiser. flops: of each block call of its first forward; ran: every block and linear layer that
+    ran, one after another.
+
+    The leaf is the first linear layer that ran as often as its block; DiT also uses one of its first block by itself.
+    """
+    paths = {module: path for path, module in denoiser.named_modules()}
+    counts = Counter(ran)
+    blocks = {block: 0.0 for blocks in find_block_lists(denoiser).values() for block in blocks}
+    calls = [module for module in ran if module in blocks]
+    for block, cost in zip(calls, flops):
+        blocks[block] += cost
+    found = []
+    for block, cost in blocks.items():
+        leaves = [m for m in block.modules() if isinstance(m, nn.Linear) and counts[m] == counts[block]]
+        if not leaves:
+            raise UnsupportedModelError(f"{paths[block]} of {name} has no linear layer that tells when the block runs")
+        found.append(Block(name, paths[leaves[0]], cost))
+    return found
+
+
 class Workload:
-    """What is rendered: one prompt and seed an item."""
+    """What is rendered: one prompt and seed an item. arguments: of the call, guidance among them."""
 
-    pipe: Any
-    prompts: Sequence[str]
-    arguments: dict[str, Any]
-    steps: int
-    guidance: float
+    def __init__(self, pipe: Any, prompts: Sequence[str | None], arguments: dict[str, Any], steps: int):
+        self.pipe, self.prompts, self.steps = pipe, prompts, steps
+        self.caller = Caller(pipe, arguments)
+        self.caller.check(prompts)
 
-    @functools.cached_property
-    def block_shares(self) -> list[float]:
-        """FLOPs of each block / FLOPs of all, counted in one forward."""
-        with dit_accel.apply(self.pipe, Policy(BlockCache(threshold=None, max_skips=1))) as session:
-            self.image(0, 8)
-            meter = session.denoisers["transformer"].meter
-            _, flops = next(iter(meter.tables.values()))
-        return [one / sum(flops) for one in flops]
+    @property
+    def guidance(self) -> float:
+        """Strength of classifier-free guidance; 1 is none."""
+        name = self.caller.guidance
+        if name is None:
+            return 1.0
+        return float(self.caller.arguments.get(name, self.caller.parameters[name].default))
 
     def image(self, item: int, steps: int) -> Tensor:
-        """-> [1, C, H, W] in [0, 1]."""
-        return self.pipe(
-            prompt=self.prompts[item],
-            true_cfg_scale=self.guidance,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(item),
-            output_type="pt",
-            **self.arguments,
-        ).images
+        """-> images [N, C, H, W] or videos [N, F, C, H, W] in [0, 1]."""
+        return self.caller.make(self.prompts[item], item, steps).pictures
 
-    def measure(self, method: Method, reference: Sequence[Tensor]) -> Result:
-        """All items under one method."""
-        steps = method.steps or self.steps
-        values, counter = [], WorkCounter(self.pipe.transformer, self.block_shares)
-        detach = method.attach(self.pipe)
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        """Every block of every denoiser, with its FLOPs, found in one run."""
+        denoisers = find_denoisers(self.pipe)
+        ran: dict[str, list[nn.Module]] = {name: [] for name in denoisers}
+        with contextlib.ExitStack() as stack:
+            session = stack.enter_context(dit_accel.apply(self.pipe, Policy(BlockCache(threshold=None, max_skips=1))))
+            for name, denoiser in denoisers.items():
+                blocks = [block for blocks in find_block_lists(denoiser).values() for block in blocks]
+                for module in (*blocks, *(m for block in blocks for m in block.modules() if isinstance(m, nn.Linear))):
+                    handle = module.register_forward_hook(lambda m, *_, name=name: ran[name].append(m))
+                    stack.callback(handle.remove)
+            self.image(0, self.steps)
+            found: list[Block] = []
+            for name, denoiser in denoisers.items():
+                _, flops = next(iter(session.denoisers[name].meter.tables.values()), (0, ()))
+                found += find_blocks(name, denoiser, flops, ran[name])
+        return found
+
+    @functools.cached_property
+    def _plain(self) -> tuple[list[Tensor], float, int]:
+        """Pictures, FLOPs and denoiser calls of all items, plain, at full steps."""
+        with self._counting() as counter:
+            pictures = [self.image(item, self.steps) for item in range(len(self.prompts))]
+        return pictures, counter.flops, counter.calls
+
+    @property
+    def reference(self) -> list[Tensor]:
+        """Every item, plain, at full steps."""
+        return self._plain[0]
+
+    @property
+    def branches(self) -> bool:
+        """True where a step calls its denoiser more than once, because guidance is not done in one batch."""
+        return self._plain[2] > 1.5 * len(self.prompts) * self.steps
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[WorkCounter]:
+        counter = WorkCounter(find_denoisers(self.pipe), self.blocks)
         try:
-            for item, expected in enumerate(reference):
-                values.append(float(psnr(self.image(item, steps), expected)[0]))
+            yield counter
         finally:
-            detach()
             counter.remove()
-        calls = len(reference) * self.steps * (2 if self.guidance > 1 else 1)
-        finite = [v for v in values if np.isfinite(v)]
-        low, high = bootstrap_interval(torch.tensor(finite or [float("nan")]))
-        worst = int(np.argmin(values))
-        mean = float(np.mean(finite)) if finite else float("inf")
-        share = counter.done / calls
-        row = (method.family, method.setting, self.guidance, share, mean, low, high, values[worst], worst)
-        return Result(*row)
+
+    def measure(self, method: Method) -> Result:
+        """All items under one method. Raises whatever the method raises on a pipeline that it does not support."""
+        reference, flops, _ = self._plain
+        values = []
+        with self._counting() as counter:
+            detach = method.attach(self.pipe)
+            try:
+                for item, expected in enumerate(reference):
+                    made = self.image(item, method.steps or self.steps)
+                    values.append(summarize(psnr(made.flatten(0, -4), expected.flatten(0, -4))).mean)
+            finally:
+                detach()
+        share = counter.flops / flops
+        level = summarize(values)
+        row = (method.family, method.setting, self.guidance, share, level.mean, level.low, level.high, level.worst)
+        return Result(*row, level.worst_index)
+
+
+def load_workload(
+    folder: Path, steps: int, guidance: float | None = None, items: int | None = None, prompts: Path | None = None
+) -> Workload:
+    """Workload of a pipeline folder, with its prompts.txt and its call defaults unless others are given."""
+    pipe = load_pipeline(folder)
+    arguments = call_defaults(folder)
+    name = Caller(pipe).guidance
+    if guidance is not None and name is not None:
+        arguments[name] = guidance
+    elif guidance not in (None, 1):
+        raise ArgumentError(f"{type(pipe).__name__} takes no guidance, so {guidance:g} is not possible; leave it out.")
+    return Workload(pipe, (prompts or folder / "prompts.txt").read_text().splitlines()[:items], arguments, steps)
 
 
 def magnitude_ratios(workload: Workload, items: int = 4) -> Tensor:
-    """MagCache's calibration [steps]: mean over tokens of |r_i| / |r_{i-1}|, r the residual of the whole stack."""
-    blocks = [block for blocks in find_block_lists(workload.pipe.transformer).values() for block in blocks]
-    norms: list[Tensor] = []
-    inputs: list[Tensor] = []
+    """MagCache's calibration [steps]: mean over tokens of |r_i| / |r_{i-1}|, r the residual of the whole stack.
 
-    def before(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
-        inputs.append(kwargs["hidden_states"].clone())
+    Raises UnsupportedModelError where no such residual can be seen.
+    """
+    denoisers = list(find_denoisers(workload.pipe).values())
+    if len(denoisers) > 1:
+        raise UnsupportedModelError("one list of ratios cannot serve two denoisers")
+    blocks = [block for blocks in find_block_lists(denoisers[0]).values() for block in blocks]
+    norms: list[Tensor] = []
+    inputs: list[list[Tensor]] = []
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs[:] = [[value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]]
 
     def after(_: Any, __: Any, result: Any) -> None:
-        norms.append((result[1] - inputs.pop()).norm(dim=-1))
+        tensors = [value for value in (result if isinstance(result, tuple) else (result,)) if isinstance(value, Tensor)]
+        picture = max(tensors, key=Tensor.numel)  # there are more tokens of the picture than of the text
+        same = [value for value in inputs[0] if value.shape == picture.shape]
+        if not same:
+            raise UnsupportedModelError("the first block takes nothing of the shape that the last one returns")
+        norms.append((picture - same[0]).norm(dim=-1))
 
     handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True), blocks[-1].register_forward_hook(after)]
     ratios = []

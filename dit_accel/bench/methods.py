@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
+from dit_accel.denoiser.find import find_denoisers
 
 Attach = Callable[[Any], Callable[[], None]]
 
@@ -35,18 +38,26 @@ def plain(pipe: Any) -> Callable[[], None]:
 
 
 def multistep(pipe: Any) -> Callable[[], None]:
-    """UniPC (2302.04867) of order 2 on the pipeline's own flow sigmas."""
+    """UniPC (2302.04867) of order 2 on the pipeline's own noise levels."""
     from diffusers import UniPCMultistepScheduler
 
     earlier = pipe.scheduler
-    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2)
+    known = inspect.signature(UniPCMultistepScheduler.__init__).parameters
+    settings = {name: value for name, value in earlier.config.items() if name in known}
+    if "prediction_type" not in settings:  # flow matching, which has no choice of prediction
+        shift = earlier.config.get("shift", 1.0)
+        settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    pipe.scheduler = UniPCMultistepScheduler.from_config(settings, solver_order=2)
     return lambda: setattr(pipe, "scheduler", earlier)
 
 
 def diffusers_cache(config: Callable[[], Any]) -> Attach:
     def attach(pipe: Any) -> Callable[[], None]:
-        pipe.transformer.enable_cache(config())
-        return pipe.transformer.disable_cache
+        undo = contextlib.ExitStack()
+        for denoiser in find_denoisers(pipe).values():
+            denoiser.enable_cache(config())  # type: ignore[operator]
+            undo.callback(denoiser.disable_cache)  # type: ignore[arg-type]
+        return undo.close
 
     return attach
 
@@ -77,7 +88,7 @@ def cache_dit(calibrator: str | None = None, mask: str | None = None, **settings
 
 
 def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Method]:
-    """Every setting that is measured. branches: guidance makes two calls a step."""
+    """Every setting that is measured. branches: guidance makes two calls a step; mag_ratios: `None` is no MagCache."""
     from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     rows = [Method("fewer steps", f"{n} steps", plain, n) for n in (8, 10, 12, 15, 17, 20, 25, 30)]
@@ -85,7 +96,7 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
     for threshold in (0.05, 0.08, 0.12, 0.2):
         config = FirstBlockCacheConfig(threshold=threshold)
         rows.append(Method("diffusers FirstBlockCache", f"{threshold}", diffusers_cache(lambda c=config: c)))
-    for threshold, most in ((0.06, 3), (0.24, 5)):
+    for threshold, most in ((0.06, 3), (0.24, 5)) if mag_ratios is not None else ():
         mag = MagCacheConfig(threshold, most, retention_ratio=0.1, num_inference_steps=steps, mag_ratios=mag_ratios)
         rows.append(Method("diffusers MagCache", f"{threshold} K{most}", diffusers_cache(lambda c=mag: c)))
     for order, intervals in ((0, (3,)), (1, (2, 3, 4, 5)), (2, (2, 3, 4, 5, 6))):

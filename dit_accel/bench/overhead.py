@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dit_accel
 from dit_accel import Policy
 from dit_accel.bench.results import versions
+from dit_accel.calls import Caller
+from dit_accel.cli import call_defaults, load_pipeline
 from dit_accel.files import write_atomically
 
 NEVER = Policy.named("balanced", threshold=1e-12)  # gates every step and skips none
@@ -73,21 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
 
-    from diffusers import DiffusionPipeline
-
     # Two pipelines of equal weights: one stays plain, the other keeps its session, as in use, so that attaching and the
     # first run's FLOP count are part of the uncounted first call.
-    pipes: list[Any] = [DiffusionPipeline.from_pretrained(arguments.pipeline) for _ in range(2)]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    defaults = json.loads((arguments.pipeline / "dit_accel_defaults.json").read_text()) | {"true_cfg_scale": 1.0}
+    pipes: list[Any] = [load_pipeline(arguments.pipeline) for _ in range(2)]
+    defaults = call_defaults(arguments.pipeline)
+    caller = Caller(pipes[0], defaults)
+    if caller.guidance is not None:
+        defaults[caller.guidance] = 1.0
     prompts = (arguments.pipeline / "prompts.txt").read_text().splitlines()
 
     def render(pipe: Any, batch: int, steps: int = arguments.steps) -> None:
         seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
-        empty = {"negative_prompt": [defaults["negative_prompt"]] * batch}
-        extra = defaults | empty | {"output_type": "latent", "num_inference_steps": steps}
-        pipe(prompt=prompts[:batch], generator=seeds, **extra)
+        each = [caller.prompt_arguments(prompt) for prompt in prompts[:batch]]
+        given = {name: [one[name] for one in each] for name in each[0]}
+        if "negative_prompt" in defaults:
+            given["negative_prompt"] = [defaults["negative_prompt"]] * batch
+        pipe(**defaults | given, generator=seeds, output_type="latent", num_inference_steps=steps)
 
     report: dict[str, Any] = {"versions": versions(), "steps": arguments.steps, "repeats": arguments.repeats}
     with dit_accel.apply(pipes[1], NEVER):

@@ -84,7 +84,7 @@ CASES: dict[str, TinyTransformer] = {
 }
 
 
-def _redraw(model: nn.Module, seed: int) -> None:
+def redraw(model: nn.Module, seed: int) -> None:
     """Give every parameter that carries no usable random start small seeded normal noise.
 
     Those are parameters that are all zero (gates, output projections, zero biases) and parameters that are not finite
@@ -121,7 +121,7 @@ def build(name: str, blocks: int = 6, seed: int = 0) -> nn.Module:
         finally:
             torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
             deterministic.fill_uninitialized_memory = fill
-    _redraw(model, seed)
+    redraw(model, seed)
     return model
 
 

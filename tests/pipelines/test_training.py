@@ -52,13 +52,15 @@ def test_resumed_training_is_that_of_one_go(name: str, tmp_path: Path) -> None:
 
     def weights(folder: str, stops: list[int]) -> dict[str, torch.Tensor]:
         (tmp_path / folder).mkdir()
+        found: dict[str, torch.Tensor] = {}
         for stop in stops:
             trainer = Trainer(task(config), config, tmp_path / folder)
             trainer.resume()
             while trainer.step < stop:
                 trainer.train_step()
             trainer.save()
-        return trainer.ema
+            found = trainer.ema
+        return found
 
     once, twice = weights("once", [4]), weights("twice", [2, 4])
     start = dict(task(config).model.named_parameters())
