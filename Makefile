@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bench evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
 	@echo "make test    static checks and the test suite"
+	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (an hour; PIPELINES=tiny-wan for one)"
+	@echo "make seeds-tiny-dit  train two further seeds of a pipeline and record how results differ (an hour)"
 	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under pipelines/tiny-flux/results)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,6 +43,33 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 1 --out pipelines/tiny-flux/results
 	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
 	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
+
+PIPELINES ?= tiny-flux tiny-sd3 tiny-dit tiny-wan
+CLASSIFIER = pipelines/$(if $(findstring wan,$(1)),shapes,fashion)-classifier
+
+# What is recorded of one pipeline folder: $(1), whose classifier is that of the pipeline named $(2).
+define record
+	$(BIN)/python -m dit_accel.bench.dynamics $(1)
+	$(BIN)/python -m dit_accel.bench.captions $(1) --classifier $(call CLASSIFIER,$(2)) $(CAPTIONS)
+	for policy in $(3); do $(BIN)/dit-accel compare $(1) --policy $$policy --prompts-file $(1)/prompts.txt \
+		--seeds 0:$$(wc -l < $(1)/prompts.txt) --paired --classifier $(call CLASSIFIER,$(2)) --threads 2 \
+		--out $(1)/results/compare-$$policy || exit 1; done
+endef
+
+evidence: $(addprefix evidence-,$(PIPELINES))
+
+evidence-%: $(VENV)/.installed-bench
+	$(call record,pipelines/$*,$*,quality balanced fast)
+
+train-%: $(VENV)/.installed
+	$(BIN)/python pipelines/$(*:-$(lastword $(subst -, ,$*))=)/train.py --bf16 --compile --seed $(lastword $(subst -, ,$*)) \
+		--work runs/$* --out runs/$*-out
+
+seeds-%: $(VENV)/.installed-bench
+	for seed in 1 2; do $(MAKE) train-$*-$$seed || exit 1; done
+	$(call record,runs/$*-1-out,$*,balanced)
+	$(call record,runs/$*-2-out,$*,balanced)
+	$(BIN)/python -m dit_accel.bench.seeds pipelines/$* runs/$*-1-out runs/$*-2-out
 
 clean:
 	rm -rf $(VENV) outputs

@@ -77,6 +77,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    classifier = None
+    if arguments.classifier is not None:
+        from dit_accel.features import FeatureExtractor
+
+        classifier = FeatureExtractor.from_pretrained(arguments.classifier)
     defaults = call_defaults(arguments.pipeline)
     if prompts != [None]:
         defaults.pop("class_labels", None)  # the prompts say which
@@ -88,6 +93,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         arguments=defaults | call,
         repeats=arguments.repeats,
+        paired=arguments.paired,
+        classifier=classifier,
     )
     print(comparison.to_json() if arguments.json else comparison.table())
     if arguments.out is not None:
@@ -273,7 +280,11 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts or class names (default: none)")
     source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line")
     parser.add_argument("--seeds", nargs="+", default=["0"], metavar="N|A:B", help="0 1 2, or 0:8 (default: 0)")
+    parser.add_argument("--paired", action="store_true", help="prompt i with seed i alone, not with every seed")
     parser.add_argument("--steps", type=_positive, default=50, help="default: %(default)s")
+    parser.add_argument(
+        "--classifier", type=Path, metavar="DIR", help="a FeatureExtractor, such as pipelines/fashion-classifier"
+    )
     parser.add_argument("--repeats", type=_positive, default=1, help="timings of each item (default: %(default)s)")
     parser.add_argument("--guidance", type=float, metavar="X", help="guidance_scale (default: the pipeline's)")
     parser.add_argument("--negative", metavar="TEXT", help="negative_prompt (default: the pipeline's)")

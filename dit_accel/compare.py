@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
@@ -20,8 +22,17 @@ from dit_accel.comparison import Clip, Comparison, Failure, Item, Motion, Motion
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.errors import ArgumentError, DitAccelError, PolicyError
+from dit_accel.features import FeatureExtractor
 from dit_accel.policy import Policy, as_policy
-from dit_accel.quality import SSIM_WINDOW, psnr, relative_l2, ssim, summarize
+from dit_accel.quality import (
+    SSIM_WINDOW,
+    caption_satisfied,
+    feature_distance,
+    psnr,
+    relative_l2,
+    ssim,
+    summarize,
+)
 from dit_accel.session import Session
 from dit_accel.stats import StepRecord, Totals
 from dit_accel.video import flicker, frame_psnr, temporal_psnr, worst_frame_psnr
@@ -38,12 +49,15 @@ def compare(
     arguments: Mapping[str, Any] | None = None,
     repeats: int = 1,
     progress: bool = True,
+    paired: bool = False,
+    classifier: FeatureExtractor | None = None,
 ) -> Comparison:
     """Run each (prompt, seed) plain, accelerated, and plain with fewer steps at the cost of the accelerated run.
 
     prompts: texts, or classes by name or number for pipelines that are told a class; `[None]` for pipelines that take
     none, or that get embeddings in `arguments`; arguments: any others of a call; repeats: timings of each item, whose
-    pictures are the same; progress: a bar, on a terminal only.
+    pictures are the same; progress: a bar, on a terminal only; paired: prompt i with seed i alone, instead of every
+    prompt with every seed; classifier: adds feature distances, and in how many items it sees what the prompt says.
     Fewer steps: the integer nearest to steps * FLOPs share of that item, on the pipeline's own scheduler.
     Wall times are of interleaved calls, after one uncounted call of each kind, with the torch threads that you set.
     An item on which the policy fails is listed in `failures`, and the others go on. The pipe is left as it was.
@@ -55,7 +69,11 @@ def compare(
     checked = as_policy(policy)
     session = apply(pipe, checked)  # fails here, before any work, if the policy cannot act on this pipe
     session.remove()
-    order = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if paired and len(prompts) != len(seeds):
+        raise ArgumentError(
+            f"compare() got {len(prompts)} prompts and {len(seeds)} seeds in pairs; give as many of both."
+        )
+    order = list(zip(prompts, seeds)) if paired else list(itertools.product(prompts, seeds))
     items: list[Item] = []
     failures: list[Failure] = []
     pictures: list[Pictures] = []
@@ -63,7 +81,7 @@ def compare(
     strip: tuple[StepRecord, ...] = ()
     calls = 3 * (1 + len(order) * repeats)
     with tqdm(total=calls, desc="compare", leave=False, disable=None if progress else True) as bar:
-        bench = _Bench(caller, session, steps, bar)
+        bench = _Bench(caller, session, steps, bar, classifier)
         bench.warm_up(*order[0])
         for prompt, seed in order:
             try:
@@ -92,6 +110,7 @@ def compare(
         accelerated=_summary([(item.plain_seconds, item.accelerated) for item in items]),
         fewer=_summary([(item.plain_seconds, item.fewer) for item in items]),
         plain_seconds=median(item.plain_seconds for item in items),
+        plain_satisfied=_share([item.plain_satisfied for item in items]),
         state_bytes=session.stats.state_bytes,
         versions={
             "torch": torch.__version__,
@@ -113,13 +132,15 @@ def compare(
 class _Bench:
     """Makes the calls of one comparison."""
 
-    def __init__(self, caller: Caller, session: Session, steps: int, bar: Any):
-        self.caller, self.session, self.steps, self.bar = caller, session, steps, bar
+    def __init__(self, caller: Caller, session: Session, steps: int, bar: Any, classifier: FeatureExtractor | None):
+        self.caller, self.session, self.steps, self.bar, self.classifier = caller, session, steps, bar, classifier
 
     def warm_up(self, prompt: str | None, seed: int) -> None:
         """One uncounted call of each kind."""
         self.accelerated(prompt, seed)
-        self.plain(prompt, seed, self.steps)
+        made = self.plain(prompt, seed, self.steps)
+        if self.classifier is not None:
+            self.classifier.features(made.pictures)  # refuses videos if it is one for images, before all the work
         self.plain(prompt, seed, _fewer(self.steps, self.last_run().flops_share))
         self.session.reset()
 
@@ -139,18 +160,32 @@ class _Bench:
         assert made is not None
         plain, accelerated, fewer = made
         middle = [median(turn[kind] for turn in seconds) for kind in range(3)]
-        part = fewest / self.steps
+        part, costs = fewest / self.steps, (share.flops_share, share.compute_share)
         item = Item(
             prompt,
             seed,
             middle[0],
-            _way(plain, accelerated, self.steps, share.flops_share, share.compute_share, middle[1]),
-            _way(plain, fewer, fewest, part, part, middle[2]),
+            self.seen(prompt, plain, accelerated, _way(plain, accelerated, self.steps, *costs, middle[1])),
+            self.seen(prompt, plain, fewer, _way(plain, fewer, fewest, part, part, middle[2])),
+            self.satisfied(prompt, plain),
         )
         level = summarize(psnr(accelerated.frames, plain.frames))
         shown = slice(level.worst_index, level.worst_index + 1)
         crops = (each.frames[shown].clone() for each in made)
         return item, Pictures(prompt, seed, level.worst, *crops), _worst_clip(prompt, seed, *made)
+
+    def seen(self, prompt: str | None, plain: Made, made: Made, way: Way) -> Way:
+        """With what the classifier sees."""
+        if self.classifier is None:
+            return way
+        distance = float(feature_distance(made.pictures, plain.pictures, self.classifier).mean())
+        return replace(way, feature_distance=distance, satisfied=self.satisfied(prompt, made))
+
+    def satisfied(self, prompt: str | None, made: Made) -> bool | None:
+        if self.classifier is None or prompt is None or not self.classifier.expected(prompt):
+            return None
+        found = caption_satisfied(made.pictures, [prompt] * len(made.pictures), self.classifier)["all"]
+        return bool(found.satisfied.all())
 
     def last_run(self) -> Totals:
         """Totals of the latest accelerated run."""
@@ -201,6 +236,12 @@ def _way(plain: Made, made: Made, steps: int, flops: float, blocks: float, secon
     return Way(steps, flops, blocks, seconds, level, similar, distance, motion)
 
 
+def _share(answers: Sequence[bool | None]) -> float | None:
+    """Share of yes among the answers."""
+    given = [answer for answer in answers if answer is not None]
+    return fmean(given) if given else None
+
+
 def _motion(plain: Made, made: Made) -> Motion:
     videos, count = (made.pictures, plain.pictures), plain.pictures.shape[1]
     return Motion(
@@ -223,6 +264,7 @@ def _summary(rows: Sequence[tuple[float, Way]]) -> WaySummary:
     similar = [way.ssim for way in ways if way.ssim is not None]
     distances = [way.relative_l2 for way in ways if way.relative_l2 is not None]
     motions = [way.motion for way in ways if way.motion is not None]
+    features = [way.feature_distance for way in ways if way.feature_distance is not None]
     return WaySummary(
         steps=fmean(way.steps for way in ways),
         flops_share=fmean(way.flops_share for way in ways),
@@ -232,6 +274,8 @@ def _summary(rows: Sequence[tuple[float, Way]]) -> WaySummary:
         ssim=summarize(similar) if similar else None,
         relative_l2=summarize(distances, larger_is_better=False) if distances else None,
         motion=_motion_summary(motions) if motions else None,
+        feature_distance=summarize(features, larger_is_better=False) if features else None,
+        satisfied=_share([way.satisfied for way in ways]),
     )
 
 

@@ -20,6 +20,7 @@ from dit_accel.quality import Summary
 from dit_accel.stats import StepRecord
 from dit_accel.video import write_mp4
 
+_OPTIONAL = ("motion", "feature_distance", "satisfied")  # not measured of images, or without a classifier
 FPS = 16  # frames a second of the videos that are written; what Wan was trained on
 _GAP = 4  # pixels between videos side by side
 
@@ -40,7 +41,9 @@ class Way:
     """One way of making one item, held against its plain run. Metrics are means over the item's pictures or frames.
 
     seconds: median; psnr: inf where all pictures are identical; ssim: `None` for pictures under 11 pixels a side;
-    relative_l2: of the final latents, `None` where the pipeline does not show them; motion: `None` for images.
+    relative_l2: of the final latents, `None` where the pipeline does not show them; motion: `None` for images;
+    feature_distance, satisfied (the classifier sees all that the caption says): `None` without a classifier, satisfied
+    also where the caption says nothing that it knows.
     """
 
     steps: int
@@ -51,17 +54,20 @@ class Way:
     ssim: float | None
     relative_l2: float | None
     motion: Motion | None = None
+    feature_distance: float | None = None
+    satisfied: bool | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and seed."""
+    """One prompt and seed. plain_satisfied: as `Way.satisfied`, of the plain run."""
 
     prompt: str | None
     seed: int
     plain_seconds: float
     accelerated: Way
     fewer: Way
+    plain_satisfied: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class MotionSummary:
 
 @dataclass(frozen=True)
 class WaySummary:
-    """Means over the items; wall_ratio: median over the items of seconds / plain seconds; see `quality.Summary`."""
+    """Means over the items; wall_ratio: median over the items of seconds / plain seconds; satisfied: share of the items
+    that count; see `quality.Summary`."""
 
     steps: float
     flops_share: float
@@ -94,6 +101,8 @@ class WaySummary:
     ssim: Summary | None
     relative_l2: Summary | None
     motion: MotionSummary | None = None
+    feature_distance: Summary | None = None
+    satisfied: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,7 @@ class Comparison:
     accelerated: WaySummary
     fewer: WaySummary
     plain_seconds: float
+    plain_satisfied: float | None
     state_bytes: int
     versions: dict[str, str]
     report: str
@@ -160,8 +170,11 @@ class Comparison:
             row["fewer"]["identical"] = item.fewer.psnr == math.inf
         for row in (data, *data["items"]):
             for way in (row["accelerated"], row["fewer"]):
-                if way["motion"] is None:  # images
-                    del way["motion"]
+                for name in _OPTIONAL:
+                    if way[name] is None:
+                        del way[name]
+            if row["plain_satisfied"] is None:
+                del row["plain_satisfied"]
         return data
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -177,6 +190,19 @@ class Comparison:
         if moving:
             head = ("video", "worst frame dB", "worst", "temporal PSNR dB", "worst", "flicker", "worst")
             lines += _aligned([head, *moving])
+        if self.accelerated.feature_distance is not None and self.fewer.feature_distance is not None:
+            distances = (self.accelerated.feature_distance, self.fewer.feature_distance)
+            head = ("classifier", "caption satisfied", "feature distance", "worst")
+            lines += _aligned(
+                [
+                    head,
+                    ("plain", _percent(self.plain_satisfied), "reference", ""),
+                    *(
+                        (name, _percent(way.satisfied), f"{distance.mean:.5f}", f"{distance.worst:.5f}")
+                        for (name, way), distance in zip(ways.items(), distances)
+                    ),
+                ]
+            )
         name = f'"{self.policy_name}"' if self.policy_name else "a policy of your own"
         lines.insert(0, f"{self.pipeline} with {name}, {len(self.items)} items, plain {self.plain_seconds:.2f} s each")
         lines.append(f"Worst accelerated: {_label(self.worst.prompt, self.worst.seed)}.")
@@ -274,6 +300,10 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _decibel(level: float) -> str:
     return "identical" if level == math.inf else f"{level:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _label(prompt: str | None, seed: int) -> str:

@@ -17,7 +17,8 @@ from dit_accel.comparison import write_report
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.errors import ArgumentError, NonFiniteError, PolicyError
-from dit_accel.quality import psnr, relative_l2, ssim
+from dit_accel.features import FeatureExtractor
+from dit_accel.quality import QualityError, feature_distance, psnr, relative_l2, ssim
 from dit_accel.testing import tiny_pipelines
 from dit_accel.video import flicker, read_mp4, temporal_psnr
 
@@ -323,6 +324,39 @@ def test_report_folder_and_its_pictures(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="the trained pipeline is not here yet")
+def test_pairs_are_one_seed_a_prompt() -> None:
+    pipe, arguments = tiny("dit")
+    arguments.pop("class_labels", None)
+    result = compare(pipe, POLICY, ["3", "4"], [7, 8], STEPS, arguments, progress=False, paired=True)
+    assert [(item.prompt, item.seed) for item in result.items] == [("3", 7), ("4", 8)]
+    with pytest.raises(ArgumentError, match="2 prompts and 3 seeds in pairs"):
+        compare(pipe, POLICY, ["3", "4"], [7, 8, 9], STEPS, arguments, progress=False, paired=True)
+
+
+def test_classifier_says_what_it_sees_and_how_far_it_is() -> None:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(SHIPPED)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"height": 32, "width": 32, "max_sequence_length": 10}
+    classifier = FeatureExtractor.from_pretrained(SHIPPED.parent / "fashion-classifier")
+    prompts = ["a red bag on a white background", "something else"]
+    result = compare(pipe, POLICY, prompts, [5], STEPS, arguments, progress=False, classifier=classifier)
+    known, unknown = result.items
+    assert isinstance(known.accelerated.satisfied, bool) and unknown.accelerated.satisfied is None
+    assert result.accelerated.satisfied == float(known.accelerated.satisfied), "of those that count"
+    call = arguments | {"prompt": prompts[0]}
+    plain = images_by_hand(pipe, call, 5, STEPS)
+    with dit_accel.apply(pipe, POLICY):
+        fast = images_by_hand(pipe, call, 5, STEPS)
+    assert known.accelerated.feature_distance == float(feature_distance(fast, plain, classifier)[0]) > 0
+    assert "caption satisfied" in result.table()
+    assert "satisfied" in result.to_dict()["accelerated"]
+    moving = FeatureExtractor.from_pretrained(SHIPPED.parent / "shapes-classifier")
+    with pytest.raises(QualityError, match="give \\[B, F, 3, H, W\\]"):
+        compare(pipe, POLICY, prompts, [5], STEPS, arguments, progress=False, classifier=moving)
+
+
 def test_balanced_beats_fewer_steps_at_equal_cost_on_the_trained_pipeline() -> None:
     from diffusers import DiffusionPipeline
 
