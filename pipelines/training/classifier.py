@@ -84,7 +84,7 @@ def disturb(x: Tensor, strongest_noise: float, rng: torch.Generator) -> Tensor:
     return (x + each(0, strongest_noise) * torch.randn(x.shape, generator=rng)).clamp(0, 1)
 
 
-def move(x: Tensor, rng: torch.Generator, shift: float = 2.0, scale: float = 0.12) -> Tensor:
+def move(x: Tensor, rng: torch.Generator, shift: float = 1.0, scale: float = 0.06) -> Tensor:
     """Pictures [B, C, H, W], each shifted by up to `shift` pixels, scaled and mirrored by chance; edges continue."""
     batch, side = len(x), x.shape[-1]
     affine = torch.zeros(batch, 2, 3)
