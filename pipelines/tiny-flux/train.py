@@ -102,12 +102,13 @@ class TinyFlux:
     def pipeline(self, model: nn.Module) -> FluxPipeline:
         tokenizer = build_tokenizer(CAPTIONS, TEXT_LENGTH)
         seeded()
+        clip, t5 = build_clip(len(tokenizer), TEXT_LENGTH), build_t5(len(tokenizer))
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=identity_autoencoder(),
-            text_encoder=build_clip(len(tokenizer), TEXT_LENGTH),
+            text_encoder=clip,
             tokenizer=tokenizer,
-            text_encoder_2=build_t5(len(tokenizer)),
+            text_encoder_2=t5,
             tokenizer_2=tokenizer,
             transformer=model,
         )

@@ -45,7 +45,7 @@ def identity_autoencoder() -> AutoencoderTiny:
 
 @torch.no_grad()
 def linear_video_autoencoder(basis: Tensor, mean: Tensor, scale: float) -> AutoencoderKLWan:
-    """`AutoencoderKLWan` that maps each 4 x 4 pixels x of each frame to z = basis (x - mean), and back by its transpose.
+    """`AutoencoderKLWan` that maps 4 x 4 pixels x of a frame to z = basis (x - mean), and back by its transpose.
 
     basis: [Z, 48], rows of length one at right angles; mean: [48]; scale: z is divided by it before it meets noise.
     No compression in time. Residual blocks and attention add nothing (their last layers are zero). What is left is RMS

@@ -71,6 +71,21 @@ def test_resumed_training_is_that_of_one_go(name: str, tmp_path: Path) -> None:
         Trainer(other[0](other[1]), other[1], tmp_path / "once").resume()
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_frozen_parts_are_those_that_are_shipped(name: str) -> None:
+    """Another training of the same script must speak the same language, or its seeds could not be compared."""
+    from diffusers import DiffusionPipeline
+
+    task, config = small(name)
+    built = (made := task(config)).pipeline(made.model).components
+    shipped = DiffusionPipeline.from_pretrained(PIPELINES / name).components
+    frozen = [part for part in shipped if isinstance(shipped[part], torch.nn.Module) and part != "transformer"]
+    assert "vae" in frozen
+    for part in frozen:
+        ours, theirs = built[part].state_dict(), shipped[part].state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
+
+
 def test_published_pipeline_makes_what_the_average_makes(tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
