@@ -238,10 +238,10 @@ def test_shipped_folders_are_small_and_plain(name: str) -> None:
 @pytest.mark.skipif(not fashion.DATASET.exists(), reason="apt-get install dataset-fashion-mnist")
 def test_the_fashion_classifier_knows_photos_that_it_has_not_seen() -> None:
     model = FeatureExtractor.from_pretrained(PIPELINES / "fashion-classifier")
-    drawn = fashion.Photos("t10k").draw(1000, fashion.step_generator(5, 0))
+    drawn = fashion.Photos("t10k").draw(2000, fashion.step_generator(5, 0))
     pictures, captions = drawn.pictures / 2 + 0.5, [fashion.CAPTIONS[i] for i in drawn.caption.tolist()]
     found = caption_satisfied(pictures, captions, model)
-    assert {name: one.count for name, one in found.items()} == dict.fromkeys(found, 1000)
+    assert {name: one.count for name, one in found.items()} == dict.fromkeys(found, 2000)
     assert found["noun"].share >= 0.9 and found["all"].share >= 0.9
     assert found["colour"].share >= 0.99 and found["background"].share >= 0.99
     assert caption_satisfied(blur(pictures), captions, model)["noun"].share >= 0.9
@@ -256,8 +256,9 @@ def test_the_shapes_classifier_knows_clips_that_it_has_not_seen(frames: int) -> 
     videos, captions = drawn.videos.transpose(1, 2) / 2 + 0.5, [shapes.CAPTIONS[i] for i in drawn.caption.tolist()]
     found = caption_satisfied(videos, captions, model)
     assert min(one.share for one in found.values()) >= 0.99
+    videos, captions = videos[:30], captions[:30]
     backwards = caption_satisfied(videos.flip(1), captions, model)
-    assert backwards["direction"].share <= 0.01 and backwards["shape"].share >= 0.98
+    assert backwards["direction"].share == 0 and backwards["shape"].share == 1
     still = caption_satisfied(videos[:, :1].expand_as(videos), captions, model)
     assert (
         still["direction"].share < 0.5

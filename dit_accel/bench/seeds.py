@@ -63,7 +63,9 @@ def table(rows: Sequence[dict[str, float]]) -> str:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise ArgumentError(f"There is no {path}; make it with dit_accel.bench.captions, .dynamics or dit-accel compare.")
+        raise ArgumentError(
+            f"There is no {path}; make it with dit_accel.bench.captions, .dynamics or dit-accel compare."
+        )
     return json.loads(path.read_text())
 
 
