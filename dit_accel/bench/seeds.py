@@ -1,4 +1,4 @@
-"""Seeds: how much results differ between trainings that differ in their seed alone, from what the other benches recorded.
+"""Seeds: how much results differ between trainings of different seeds, from what the other benches recorded.
 
     python -m dit_accel.bench.seeds pipelines/tiny-dit runs/tiny-dit-1-out runs/tiny-dit-2-out
 

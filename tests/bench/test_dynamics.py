@@ -18,8 +18,8 @@ def test_forecast_is_exact_on_polynomials_of_its_order() -> None:
 
 
 def test_forecast_error_worked_out_by_hand() -> None:
-    """Every 2nd of 0, 1, 4, 9, 16, 25: steps 3 and 5 from anchors (0, 2), (2, 4) give 6 and 22 instead of 9 and 25."""
-    # The first step with two anchors before it is 4, which is an anchor itself; 5 is the only one judged.
+    """Every 2nd of 0, 1, 4, 9, 16, 25: step 5 from the anchors 2 and 4 gives 22 instead of 25."""
+    # Judged are steps after the third anchor, 4, so that every order has what it needs: 5 alone.
     assert forecast_error(torch.tensor([[0.0], [1], [4], [9], [16], [25]]), 2, 1) == pytest.approx((25 - 22) / 25)
 
 
