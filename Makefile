@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
 	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
 
-PIPELINES ?= tiny-flux tiny-sd3 tiny-dit tiny-wan
+PIPELINES ?= tiny-flux tiny-sd3 tiny-dit
 CLASSIFIER = pipelines/$(if $(findstring wan,$(1)),shapes,fashion)-classifier
 
 # What is recorded of one pipeline folder: $(1), whose classifier is that of the pipeline named $(2).

@@ -22,7 +22,6 @@ def test_all_kinds_are_there() -> None:
         "tiny-dit": "DiTPipeline",
         "tiny-flux": "FluxPipeline",
         "tiny-sd3": "StableDiffusion3Pipeline",
-        "tiny-wan": "WanPipeline",
     }
 
 

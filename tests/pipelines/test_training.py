@@ -33,7 +33,7 @@ def small(name: str, **changes: Any) -> tuple[Any, Any]:
     """-> (class of the task, a config that trains in a moment)."""
     module = script(name)
     task, config = {
-        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, still_steps=1, short_steps=1)),
+        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, still_steps=2)),
         "tiny-dit": lambda m: (m.TinyDiT, m.DiTConfig(blocks=2, hidden=32)),
         "tiny-sd3": lambda m: (m.TinySD3, m.SD3Config(blocks=2, hidden=32)),
         "tiny-flux": lambda m: (m.TinyFlux, m.FluxConfig(double_blocks=1, single_blocks=1, hidden=32, heads=1)),
@@ -76,6 +76,8 @@ def test_frozen_parts_are_those_that_are_shipped(name: str) -> None:
     """Another training of the same script must speak the same language, or its seeds could not be compared."""
     from diffusers import DiffusionPipeline
 
+    if not (PIPELINES / name / "model_index.json").exists():
+        pytest.skip(f"{name} is in training")
     task, config = small(name)
     built = (made := task(config)).pipeline(made.model).components
     shipped = DiffusionPipeline.from_pretrained(PIPELINES / name).components
