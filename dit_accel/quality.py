@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -88,29 +87,6 @@ def _check_images(name: str, a: Tensor, b: Tensor, data_range: float) -> None:
         )
     if not data_range > 0:
         raise QualityError(f"{name} got data_range={data_range}; give the largest pixel value, such as 1.0.")
-
-
-def images_of(result: Any) -> Tensor:
-    """What a pipeline returns as pictures -> [N, C, H, W] float32 in [0, 1] on the CPU; frames count as pictures.
-
-    result: tensor [B, C, H, W] or [B, F, C, H, W], array [B, H, W, C] or [B, F, H, W, C], or a list of such items.
-    """
-    if isinstance(result, (list, tuple)) and result and isinstance(result[0], Tensor):
-        result = torch.stack(list(result))
-    images = result if isinstance(result, Tensor) else torch.from_numpy(np.asarray(result)).movedim(-1, -3)
-    images = images.detach().cpu() / (1.0 if images.is_floating_point() else 255.0)
-    if images.ndim not in (4, 5) or images.shape[-3] not in (1, 3, 4) or not images.numel():
-        raise QualityError(
-            f"The pipeline returned {list(images.shape)} instead of pictures [B, C, H, W] or frames [B, F, C, H, W]; "
-            "give a pipeline that makes images or video."
-        )
-    low, high = float(images.min()), float(images.max())
-    if low < -0.01 or high > 1.01:  # not so for NaN, which the metrics tell of
-        raise QualityError(
-            f"The pipeline returned pictures with values from {low:.3g} to {high:.3g} instead of 0 to 1; "
-            "give a pipeline that decodes its latents."
-        )
-    return images.float().flatten(0, -4)[:, :3]  # without an alpha channel
 
 
 # ------------------------------------------------------------------------------------------------------- many values

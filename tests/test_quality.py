@@ -12,7 +12,6 @@ from dit_accel.quality import (
     bootstrap_interval,
     caption_satisfied,
     feature_distance,
-    images_of,
     psnr,
     relative_l2,
     ssim,
@@ -117,28 +116,6 @@ def test_bootstrap_interval_refuses_nonsense() -> None:
         bootstrap_interval([])
     with pytest.raises(ValueError, match="confidence=95"):
         bootstrap_interval([1.0], confidence=95)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 4, 3, 5, 7), (2, 1, 5, 7), (2, 4, 5, 7)])
-def test_what_pipelines_return_becomes_images(shape: tuple[int, ...]) -> None:
-    tensor = torch.rand(shape)
-    images = tensor.flatten(0, -4)[:, :3]
-    array = tensor.movedim(-3, -1).numpy()
-    assert torch.equal(images_of(tensor), images) and torch.equal(images_of(list(tensor)), images)
-    assert torch.equal(images_of(array), images) and torch.equal(images_of(list(array)), images)
-    assert torch.equal(images_of(tensor.half()), images.half().float())
-    whole = (array * 255).round().astype(np.uint8)
-    assert float((images_of(whole) - images).abs().max()) <= 0.5 / 255 + 1e-6
-
-
-def test_what_is_no_picture_is_refused() -> None:
-    for result, message in (
-        (torch.rand(3, 5, 7), r"\[3, 5, 7\]"),
-        (torch.rand(1, 3, 5, 7) * 4 - 2, "instead of 0 to 1"),
-    ):
-        with pytest.raises(DitAccelError, match=message):
-            images_of(result)
-    assert images_of(torch.full((1, 3, 5, 7), float("nan"))).isnan().all()  # the metrics tell of it
 
 
 # ------------------------------------------------------------------------------------------------ what a network sees
