@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dit_accel.bench.measure import Workload, load_workload
+from dit_accel.bench.measure import Workload, carrier, load_workload, tensors
 from dit_accel.bench.results import versions
+from dit_accel.cache.indicator import relative_l1
 from dit_accel.denoiser.find import find_block_lists, find_denoisers
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.files import write_atomically
@@ -113,31 +114,13 @@ class Recorder:
         for branch in range(branches):
             calls = self.calls[branch::branches]
             change = [
-                [relative_l1(now, before) for now, before in zip(b[0], a[0])] for a, b in itertools.pairwise(calls)
+                [float(relative_l1(now, before)) for now, before in zip(later, earlier)]
+                for (earlier, _, _), (later, _, _) in itertools.pairwise(calls)
             ]
             heads = torch.stack([head for _, head, _ in calls])
             stacks = torch.stack([stack for _, _, stack in calls])
             found.append(Trace(torch.tensor(change), heads, stacks))
         return found
-
-
-def tensors(values: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples and lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensors(value)
-
-
-def carrier(values: Any) -> Tensor:
-    """The tensor [B, S, D] that carries the picture: the largest, since there are more image than text tokens."""
-    return max(tensors(values), key=Tensor.numel)
-
-
-def relative_l1(a: Tensor, b: Tensor) -> float:
-    """mean |a - b| / mean |b|."""
-    return float((a - b).abs().mean() / b.abs().mean().clamp_min(1e-12))
 
 
 def forecast_error(stack: Tensor, interval: int, order: int) -> float:
@@ -149,7 +132,7 @@ def forecast_error(stack: Tensor, interval: int, order: int) -> float:
         anchors = list(range(0, step, interval))[-(order + 1) :]
         weights = newton_weights([float(anchor) for anchor in anchors], float(step), order)
         guess = sum((w * stack[anchor] for w, anchor in zip(weights, anchors)), torch.zeros_like(stack[0]))
-        errors.append(relative_l1(guess, stack[step]))
+        errors.append(float(relative_l1(guess, stack[step])))
     return fmean(errors)
 
 

@@ -192,6 +192,20 @@ def load_workload(
     return Workload(pipe, (prompts or folder / "prompts.txt").read_text().splitlines()[:items], arguments, steps)
 
 
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples and lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors(value)
+
+
+def carrier(values: Any) -> Tensor:
+    """The tensor [B, S, D] that carries the picture: the largest, since there are more image than text tokens."""
+    return max(tensors(values), key=Tensor.numel)
+
+
 def magnitude_ratios(workload: Workload, items: int = 4) -> Tensor:
     """MagCache's calibration [steps]: mean over tokens of |r_i| / |r_{i-1}|, r the residual of the whole stack.
 
@@ -205,11 +219,10 @@ def magnitude_ratios(workload: Workload, items: int = 4) -> Tensor:
     inputs: list[list[Tensor]] = []
 
     def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs[:] = [[value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]]
+        inputs[:] = [[value.clone() for value in tensors([*args, *kwargs.values()])]]
 
     def after(_: Any, __: Any, result: Any) -> None:
-        tensors = [value for value in (result if isinstance(result, tuple) else (result,)) if isinstance(value, Tensor)]
-        picture = max(tensors, key=Tensor.numel)  # there are more tokens of the picture than of the text
+        picture = carrier([result])
         same = [value for value in inputs[0] if value.shape == picture.shape]
         if not same:
             raise UnsupportedModelError("the first block takes nothing of the shape that the last one returns")

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.autoencoders import identity_autoencoder
-from training.fashion import BACKGROUNDS, CAPTIONS, COLOURS, NOUNS, SIZE, Photos, sample_captions, step_generator
+from training.fashion import (
+    BACKGROUNDS,
+    CAPTIONS,
+    COLOURS,
+    NOUNS,
+    SIZE,
+    Photos,
+    sample_captions,
+    step_generator,
+    without_some,
+)
 from training.pictures import grid, save_picture
 from training.trainer import TrainConfig, main
 
@@ -69,7 +79,7 @@ class TinyDiT:
     def loss(self, step: int) -> Tensor:
         config, rng = self.config, step_generator(self.config.seed, step)
         batch = self.photos.draw(config.batch, rng)
-        label = torch.where(torch.rand(config.batch, generator=rng) < config.empty_caption, NO_CLASS, batch.caption)
+        label = without_some(batch.caption, config.empty_caption, NO_CLASS, rng)
         time = torch.randint(1000, (config.batch,), generator=rng)
         noisy = self.scheduler.add_noise(batch.pictures, batch.noise, time)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):

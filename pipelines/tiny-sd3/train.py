@@ -28,6 +28,7 @@ from training.fashion import (
     mixed_noise_level,
     sample_captions,
     step_generator,
+    without_some,
 )
 from training.pictures import grid, save_picture
 from training.text import WIDTH, build_clip, build_t5, build_tokenizer, seeded
@@ -76,9 +77,7 @@ class TinySD3:
     def loss(self, step: int) -> Tensor:
         config, rng = self.config, step_generator(self.config.seed, step)
         batch = self.photos.draw(config.batch, rng)
-        caption = torch.where(
-            torch.rand(config.batch, generator=rng) < config.empty_caption, len(CAPTIONS), batch.caption
-        )
+        caption = without_some(batch.caption, config.empty_caption, len(CAPTIONS), rng)
         sigma = mixed_noise_level(config.batch, rng)
         noisy = torch.lerp(batch.pictures, batch.noise, sigma[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.autoencoders import PATCH, linear_video_autoencoder
-from training.fashion import step_generator
+from training.fashion import step_generator, without_some
 from training.pictures import save_picture
 from training.shapes import CAPTIONS, FRAMES, SIZE, TEXT_LENGTH, draw_clips, sample_captions
 from training.text import WIDTH, build_t5, build_tokenizer, seeded
@@ -77,7 +77,7 @@ class TinyWan:
         frames = 1 if step < config.still_steps else FRAMES
         batch = config.batch // frames
         clips = draw_clips(batch, frames, rng)
-        caption = torch.where(torch.rand(batch, generator=rng) < config.empty_caption, len(CAPTIONS), clips.caption)
+        caption = without_some(clips.caption, config.empty_caption, len(CAPTIONS), rng)
         uniform = torch.rand(batch, generator=rng)
         shifted = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         sigma = torch.where(torch.rand(batch, generator=rng) < 0.3, torch.rand(batch, generator=rng), shifted)

@@ -93,6 +93,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def without_some(caption: Tensor, share: float, none: int, rng: torch.Generator) -> Tensor:
+    """Captions [B], a share of them replaced by the index that stands for no caption: what guidance needs."""
+    return torch.where(torch.rand(len(caption), generator=rng) < share, none, caption)
+
+
 def mixed_noise_level(batch: int, rng: torch.Generator) -> Tensor:
     """Noise levels of flow matching [B] in [0, 1]: 70 % logit-normal, a little to the noisy side, 30 % uniform."""
     normal = torch.sigmoid(torch.randn(batch, generator=rng) + 0.3)
