@@ -96,7 +96,7 @@ class TinyDiT:
         labels = [CAPTIONS.index(caption) for caption in sample_captions(rows or len(COLOURS))]
         images = pipe(
             labels,
-            guidance_scale=2.0,
+            guidance_scale=3.0,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(0),
             output_type="np",

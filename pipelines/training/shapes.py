@@ -59,8 +59,11 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return every.gather(0, shape.view(1, -1, *[1] * (x.ndim - 1)).expand(1, *x.shape))[0]
 
 
-def draw_clips(batch: int, frames: int, rng: torch.Generator) -> Clips:
-    """Draw clips: `frames` in a row out of FRAMES, in which a shape stays inside the picture."""
+def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None) -> Clips:
+    """Draw clips of FRAMES frames, in which a shape stays inside the picture, and of each `frames` in a row.
+
+    at: take these frames [frames] of every clip instead.
+    """
     shape = torch.randint(len(SHAPES), (batch,), generator=rng)
     colour = torch.randint(len(COLOURS), (batch,), generator=rng)
     direction = torch.randint(len(DIRECTIONS), (batch,), generator=rng)
@@ -73,8 +76,9 @@ def draw_clips(batch: int, frames: int, rng: torch.Generator) -> Clips:
     low = torch.maximum(radius[:, None].expand(-1, 2), radius[:, None] - journey)
     high = torch.minimum((SIZE - radius)[:, None].expand(-1, 2), (SIZE - radius)[:, None] - journey)
     start = low + place * (high - low)
-    first = torch.randint(FRAMES - frames + 1, (batch, 1, 1), generator=rng)
-    centre = start[:, :, None] + velocity[:, :, None] * (first + torch.arange(frames))  # [B, 2, F]
+    if at is None:
+        at = torch.randint(FRAMES - frames + 1, (batch, 1, 1), generator=rng) + torch.arange(frames)
+    centre = start[:, :, None] + velocity[:, :, None] * at  # [B, 2, F]
     axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x = axis.view(1, 1, 1, SIZE) - centre[:, 0, :, None, None]
     y = axis.view(1, 1, SIZE, 1) - centre[:, 1, :, None, None]

@@ -33,7 +33,7 @@ def small(name: str, **changes: Any) -> tuple[Any, Any]:
     """-> (class of the task, a config that trains in a moment)."""
     module = script(name)
     task, config = {
-        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, still_steps=2)),
+        "tiny-wan": lambda m: (m.TinyWan, m.WanConfig(blocks=2, hidden=32, still_steps=1, sparse_steps=2)),
         "tiny-dit": lambda m: (m.TinyDiT, m.DiTConfig(blocks=2, hidden=32)),
         "tiny-sd3": lambda m: (m.TinySD3, m.SD3Config(blocks=2, hidden=32)),
         "tiny-flux": lambda m: (m.TinyFlux, m.FluxConfig(double_blocks=1, single_blocks=1, hidden=32, heads=1)),
