@@ -82,26 +82,50 @@ def _policy_lines(policy: Policy) -> list[str]:
     cache, forecast = policy.cache, policy.predictor
     if cache is None or policy.is_exact:
         return ["The policy is exact: every block runs at every step, and the result is that of the plain pipeline."]
-    probe = "the first block of the stack" if cache.probe_blocks == 1 else f"the first {cache.probe_blocks} blocks"
-    lines = [
-        f"At every step {probe} run{'s' if cache.probe_blocks == 1 else ''}; the rest of the stack may be skipped."
-    ]
-    if cache.threshold is None:
-        lines.append("  Skipped: by schedule alone, whatever the model does.")
-    else:
-        total = "summed over the skipped steps, " if cache.accumulate else ""
-        lines.append(
-            f"  Skipped: while the residual of {probe} differs from {_REFERENCES[cache.reference]} by less than "
-            f"{cache.threshold:g} ({total}relative L1)."
-        )
+    lines = [*_scope_lines(cache), *_gate_lines(cache)]
     limit = "no limit" if cache.max_skips is None else f"at most {cache.max_skips} in a row"
     lines.append(f"  Longest run of skipped steps: {limit}.")
     tail = f" and the last {cache.tail}" if cache.tail else ""
     lines.append(f"  Always computed: the first {max(cache.warmup, 2)} steps of a run{tail}.")
     lines.append(f"  Instead of the skipped blocks: {_stand_in(forecast)}.")
-    held = "residual and its probe" if forecast.anchors == 1 else f"{forecast.anchors} residuals and their probes"
-    lines.append(f"  Kept in memory: the last {held}, for each denoiser and guidance branch.")
+    if forecast.corrector:
+        lines.append(
+            "  Once a step is computed, the scheduler makes the steps skipped before it again, with a polynomial of "
+            f"degree {forecast.corrector} through the outputs on both sides."
+        )
+    count, plural = forecast.anchors, "" if forecast.anchors == 1 else "s"
+    held = f"residual{plural} and probe{plural}" if cache.probe_blocks else f"output{plural} of the model"
+    number = "" if count == 1 else f"{count} "
+    lines.append(f"  Kept in memory: the last {number}{held}, for each denoiser and guidance branch.")
     return lines
+
+
+def _probe(cache: BlockCache) -> str:
+    return "the first block of the stack" if cache.probe_blocks == 1 else f"the first {cache.probe_blocks} blocks"
+
+
+def _scope_lines(cache: BlockCache) -> list[str]:
+    """What runs at every step."""
+    if cache.probe_blocks == 0:
+        return ["A skipped step calls nothing of the model."]
+    ending = "s" if cache.probe_blocks == 1 else ""
+    return [f"At every step {_probe(cache)} run{ending}; the rest of the stack may be skipped."]
+
+
+def _gate_lines(cache: BlockCache) -> list[str]:
+    """When is a step skipped."""
+    if cache.threshold is None:
+        return ["  Skipped: by schedule alone, whatever the model does."]
+    if cache.reference == "corrector":
+        return [
+            "  Skipped: as many steps as lead the sample astray by less than "
+            f"{cache.threshold:g} (relative L2), judged by the last correction (Milne's device)."
+        ]
+    total = "summed over the skipped steps, " if cache.accumulate else ""
+    return [
+        f"  Skipped: while the residual of {_probe(cache)} differs from {_REFERENCES[cache.reference]} by less than "
+        f"{cache.threshold:g} ({total}relative L1)."
+    ]
 
 
 def _stand_in(forecast: Forecast) -> str:

@@ -42,6 +42,11 @@ class Policy(Settings):
                 "BlockCache.reference is 'forecast', but nothing is forecast; add Forecast('newton', order=1) or more."
             )
 
+        if self.cache is not None and self.cache.reference == "corrector" and not self.predictor.corrector:
+            raise PolicyError(
+                "BlockCache.reference is 'corrector', but nothing is corrected; give the forecast corrector=1 or more."
+            )
+
     @property
     def predictor(self) -> Forecast:
         """The forecast in force: plain reuse where none is given."""

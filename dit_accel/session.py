@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.cache.step_control import StepControl
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
 from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
+from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, bind
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
 from dit_accel.state import RunState
-from dit_accel.stats import Stats, StepRecord
+from dit_accel.stats import COMPUTE, RECOMPUTE, Stats, StepRecord
 
 
 class Session:
@@ -121,15 +123,47 @@ class Session:
 
         @wraps(base.step)
         def step(instance: Any, *args: Any, **kwargs: Any) -> Any:
-            result = base.step(instance, *args, **kwargs)
             run = session.active_run()
-            if run is not None and instance is session._scheduler:
-                run.clock.tick()
+            if run is None or instance is not session._scheduler:
+                return base.step(instance, *args, **kwargs)
+            result = session._step(run, instance, base.step, args, kwargs)
+            run.clock.tick()
             return result
 
         self._unwrap_scheduler = wrap_instance(scheduler, self, {"step": step})
         self._scheduler = scheduler
         return scheduler
+
+    def _step(self, run: RunState, scheduler: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One step of the scheduler, through the corrector where the policy has one."""
+        corrector, decided = run.corrector, run.take_decided()
+        if corrector is None or corrector.off is not None:
+            return plain(scheduler, *args, **kwargs)
+        arguments = bind(plain, args, kwargs)
+        if arguments is None:
+            corrector.off = "the scheduler's step names no model_output and sample"
+            result, audit = plain(scheduler, *args, **kwargs), None
+        else:
+            if decided.denoisers != run.stepped:  # another model, another path
+                corrector.forget()
+                run.control = StepControl()
+            run.stepped = decided.denoisers
+            coordinate = run.clock.coordinate(self.policy.predictor.coordinate)
+            call = SchedulerStep(scheduler, plain, arguments, coordinate, run.clock.clean())
+            result, audit = corrector.step(call, decided.kinds <= {COMPUTE, RECOMPUTE})
+        if audit is not None:
+            self._audited(run, audit)
+        if corrector.off is not None:
+            self.stats.warn(f"Skipped steps are not corrected afterwards: {corrector.off}.")
+        return result
+
+    def _audited(self, run: RunState, audit: Audit) -> None:
+        """Note how good the forecasts were, and let it decide how far the next ones may reach."""
+        distance, cache = float(audit.distance), self.policy.cache
+        self.stats.add_audit(run.number, run.clock.step, audit.span, distance)
+        if cache is not None and cache.threshold is not None:
+            longest = None if cache.max_skips is None else cache.max_skips + 1
+            run.control = run.control.after(distance, audit.span, cache.threshold, longest)
 
     def _release_scheduler(self) -> None:
         if self._unwrap_scheduler is not None:
@@ -160,7 +194,7 @@ class Session:
             earlier = self._run
             scheduler = self._hold_scheduler()
             clock = Clock(self.target if scheduler is not None else None, scheduler, steps)
-            self._run = RunState(self._runs, clock)
+            self._run = RunState(self._runs, clock, self._corrector(scheduler))
             self._runs += 1
             for attached in self.denoisers.values():
                 attached.here.context = None
@@ -168,6 +202,16 @@ class Session:
                 yield
             finally:
                 self._run = earlier
+
+    def _corrector(self, scheduler: Any) -> Corrector | None:
+        """The corrector of one run; a run without a scheduler that we can see has none, and says so."""
+        order = self.policy.predictor.corrector
+        if not order or self.policy.is_exact:
+            return None
+        if scheduler is None:
+            self.stats.warn("Skipped steps are not corrected afterwards: no scheduler of the pipeline can be seen.")
+            return None
+        return Corrector(order)
 
     def active_run(self) -> RunState | None:
         """The run that this thread is in."""

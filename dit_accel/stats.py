@@ -42,6 +42,20 @@ class StepRecord:
     flops_total: int = 0
 
 
+@dataclass(frozen=True)
+class AuditRecord:
+    """What a computed step told about the forecasts before it.
+
+    span: steps since the last computed one; distance: relative L2 by which the sample was corrected, or, where nothing
+    was skipped (span 1), by which skipping this step would have led it astray.
+    """
+
+    run: int
+    step: int
+    span: int
+    distance: float
+
+
 @dataclass
 class Totals:
     """Sums over denoiser calls."""
@@ -93,6 +107,7 @@ class Stats:
         self.runs: dict[int, Totals] = {}
         self.run_count = 0
         self.steps: list[StepRecord] = []
+        self.audits: list[AuditRecord] = []
         self.flops_source = "none"  # "measured" by a FLOP counter, or "parameters" where blocks are compiled
         self.state_bytes = 0  # peak memory of anchors and probes in any run
         self.nonfinite = 0
@@ -109,8 +124,13 @@ class Stats:
                 del self.runs[run]
             if expired:
                 self.steps = [step for step in self.steps if step.run in self.runs]
+                self.audits = [audit for audit in self.audits if audit.run in self.runs]
         self.runs[record.run].add(record)
         self.steps.append(record)
+
+    def add_audit(self, run: int, step: int, span: int, distance: float) -> None:
+        """Note how far forecasts led the sample astray."""
+        self.audits.append(AuditRecord(run, step, span, distance))
 
     def warn(self, sentence: str) -> None:
         """Remember a sentence for the report, once."""
@@ -149,6 +169,7 @@ class Stats:
             "attention_density": self.attention_density,
             "warnings": list(self.warnings),
             "steps": [asdict(step) for step in self.steps],
+            "audits": [asdict(audit) for audit in self.audits],
         }
 
     def to_json(self, indent: int | None = None) -> str:

@@ -22,12 +22,19 @@ from dit_accel.testing.checks import FORCED, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline
 
 STEPS = 8
-# Two more: random weights change too much from step to step for the thresholds of the presets.
+# Three more: random weights change too much from step to step for the thresholds of the presets.
 LOOSE = Policy(
     BlockCache(threshold=9.0, reference="previous", accumulate=True, warmup=1, max_skips=3),
     Forecast("newton", order=2, coordinate="sigma"),
 )
-POLICIES: dict[str, Policy | str] = {**{n: n for n in dit_accel.policies()}, "forced": FORCED, "loose": LOOSE}
+CORRECTED = Policy(
+    BlockCache(threshold=9.0, reference="corrector", warmup=1, max_skips=3, probe_blocks=0),
+    Forecast("newton", order=2, damping=0.5, corrector=2),
+)
+POLICIES: dict[str, Policy | str] = {
+    **{name: name for name in dit_accel.policies()},
+    **{"forced": FORCED, "loose": LOOSE, "corrected": CORRECTED},
+}
 FLUX, SD3, WAN = "flux_true_cfg", "sd3", "wan22"  # guidance in turn, guidance in one batch, two denoisers
 GUIDANCE = {FLUX: "true_cfg_scale", SD3: "guidance_scale", WAN: "guidance_scale"}
 CHANGES: dict[str, Callable[[TinyPipeline], dict[str, Any]]] = {

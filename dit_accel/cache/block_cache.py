@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dit_accel.errors import PolicyError
 from dit_accel.settings import Settings, setting
 
-REFERENCES = ("anchor", "previous", "forecast")
+REFERENCES = ("anchor", "previous", "forecast", "corrector")
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,29 @@ class BlockCache(Settings):
     )
     reference: str = setting(
         "anchor",
-        "what the probe residual is compared with: the last computed step, the previous step, or its own forecast",
+        "what the probe residual is compared with: the last computed step, the previous step, or its own forecast; "
+        "corrector: the threshold is how far forecasts may lead the sample astray, measured by the corrector",
         choices=REFERENCES,
     )
     accumulate: bool = setting(False, "sum the indicator over skipped steps instead of judging each step alone")
     warmup: int = setting(3, "steps computed at the start of a run (useful: 1 to 8)", minimum=1)
     tail: int = setting(1, "steps computed at the end of a run, where details form (useful: 0 to 4)", minimum=0)
     max_skips: int | None = setting(4, "longest run of skipped steps; null is no limit (useful: 1 to 8)", minimum=0)
-    probe_blocks: int = setting(1, "blocks at the head of the stack that always run (useful: 1 to 4)", minimum=1)
+    probe_blocks: int = setting(
+        1, "blocks at the head of the stack that always run (useful: 1 to 4); 0 skips the whole model", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is None and self.max_skips is None:
             raise PolicyError(
                 "BlockCache.threshold and BlockCache.max_skips are both null, so it would skip for ever; give one."
+            )
+
+        if self.probe_blocks == 0 and self.threshold is not None and self.reference != "corrector":
+            raise PolicyError(
+                f"BlockCache.probe_blocks is 0, so there is no probe to compare with the {self.reference}; give 1 or "
+                "more, the reference 'corrector', or the threshold null."
             )
 
     @property

@@ -144,22 +144,35 @@ class AttachedDenoiser:
         observer = None
         reason = ""
         if contract is None:
-            observer = Observer(cache.probe_blocks, self.meter.read)
+            observer = Observer(max(cache.probe_blocks, 1), self.meter.read)
             reason = "observing"
         elif contract.refusal:
             reason = f"refused: {contract.refusal}"
-        return Forward(cache, policy.predictor, state, info, contract, observer, self.block_names, reason=reason)
+        span = run.control.span if cache.reference == "corrector" else None
+        return Forward(cache, policy.predictor, state, info, contract, observer, self.block_names, span, reason=reason)
 
     def _plain(self, forward: Forward, decision: str, reason: str) -> Forward:
         """A forward that computes everything."""
         return Forward(
-            forward.cache, forward.forecast, forward.state, forward.info, None, None, self.block_names, decision, reason
+            forward.cache,
+            forward.forecast,
+            forward.state,
+            forward.info,
+            None,
+            None,
+            self.block_names,
+            None,
+            decision,
+            reason,
         )
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
         with self._current(forward):
             if forward.observer is None:
-                result = original()
+                result = forward.whole()
+                if result is None:
+                    result = original()
+                    forward.keep_whole(result)
             else:
                 with self.meter.measuring(key):
                     result = original()
@@ -195,8 +208,11 @@ class AttachedDenoiser:
         stats = self.session.stats
         symbols = "".join(forward.symbols)
         flops, total = self.meter.of(key, symbols)
+        if forward.skipping and forward.cache is not None and not forward.cache.probe_blocks:
+            flops = 0  # nothing of the model ran, its embeddings neither
         stats.flops_source = self.meter.source if total else stats.flops_source
         stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
+        run.decide(forward.decision, self.name)
         stats.state_bytes = max(stats.state_bytes, run.state_bytes())
         record = StepRecord(
             run=run.number,

@@ -49,6 +49,17 @@ class Clock:
         """The scheduler has made a step."""
         self.ticked = self.ended = True
 
+    def coordinate(self, kind: str) -> float:
+        """Where the current step lies. kind: "step" or "sigma"; the step's number where no sigma is known."""
+        known = self.sigmas is not None and self.step < len(self.sigmas)
+        return self.sigmas[self.step] if self.sigmas and known and kind == "sigma" else float(self.step)
+
+    def clean(self) -> tuple[float, float] | None:
+        """(p, q) of the current step's clean estimate p * sample + q * output; `None` where it is not known."""
+        if self.sigmas is None or self.step >= len(self.sigmas):
+            return None
+        return clean_estimate(self.scheduler, self.sigmas[self.step])
+
     def locate(self, denoiser: str, context: str | None, time: Any) -> StepInfo:
         """Place one denoiser call in the run. time: the time step argument of the call."""
         if self.scheduler is not None and getattr(self.scheduler, "timesteps", None) is not self.timesteps:
@@ -114,6 +125,24 @@ def noise_levels(scheduler: Any) -> list[float] | None:
         if all(0 <= index < len(table) for index in indices):
             return [math.sqrt(max(0.0, 1.0 - table[index])) for index in indices]
     return None
+
+
+def clean_estimate(scheduler: Any, sigma: float) -> tuple[float, float] | None:
+    """(p, q) such that p * sample + q * output is the clean estimate at a noise level of `noise_levels`.
+
+    Flow matching: x - sigma v. Variance preserving, alpha^2 = 1 - sigma^2: (x - sigma e) / alpha, alpha x - sigma v, or
+    the output itself. `None` for other schedulers, whose samples are scaled in ways of their own.
+    """
+    config = getattr(scheduler, "config", {})
+    kind = config.get("prediction_type")
+    preserves_variance = hasattr(scheduler, "alphas_cumprod")
+    if config.get("use_flow_sigmas") or (kind in (None, "flow_prediction") and not preserves_variance):
+        return (1.0, -sigma)
+    alpha = math.sqrt(max(0.0, 1.0 - sigma * sigma))
+    if hasattr(scheduler, "sigmas") or not preserves_variance or alpha < 1e-4:
+        return None
+    kinds = {"epsilon": (1 / alpha, -sigma / alpha), "v_prediction": (alpha, -sigma), "sample": (0.0, 1.0)}
+    return kinds.get(str(kind))
 
 
 def _largest(time: Any) -> float | None:

@@ -16,6 +16,7 @@ from dit_accel.cache.indicator import finite_flag, relative_l1
 from dit_accel.cache.schedule import must_compute
 from dit_accel.denoiser.clock import StepInfo
 from dit_accel.denoiser.contract import Contract, ContractChanged, Observer, argument, outputs_of
+from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.errors import NonFiniteError
 from dit_accel.forecast import Forecast
 from dit_accel.forecast.predictors import combine, weights_for
@@ -27,7 +28,8 @@ from dit_accel.stats import COMPUTE, FORECAST, RECOMPUTE, REUSE, SYMBOLS
 class Forward:
     """State of one denoiser call under a block cache.
 
-    contract: `None` while unknown; then `observer` writes it. decision, reason, indicator: for the step record.
+    contract: `None` while unknown; then `observer` writes it. span: what the step control allows, `None` without one.
+    decision, reason, indicator: for the step record.
     """
 
     cache: BlockCache | None
@@ -37,6 +39,7 @@ class Forward:
     contract: Contract | None
     observer: Observer | None
     names: Sequence[str]
+    span: int | None = None
     decision: str = COMPUTE
     reason: str = ""
     indicator: float | None = None
@@ -65,7 +68,7 @@ class Forward:
         if position >= len(contract.sequence) or contract.sequence[position] != block:
             self._broken(f"block call {position} is to another block than before")
             return self._run(block, run)
-        if contract.refusal or position not in contract.stack_set:
+        if contract.refusal or position not in contract.stack_set or self.cache is None or not self.cache.probe_blocks:
             return self._run(block, run)
         if position == contract.head:
             self.head_input = argument(contract.stream[1], args, kwargs)
@@ -84,6 +87,27 @@ class Forward:
         if position < contract.tail:
             return contract.pass_through(position, args, kwargs)
         return self._predict(contract)
+
+    def whole(self) -> Any:
+        """The result without a model call, where the policy skips whole steps and may skip this one; or `None`."""
+        contract, cache, state = self.contract, self.cache, self.state
+        if contract is None or contract.refusal or cache is None or cache.probe_blocks:
+            return None
+        self._rule(contract)
+        if not self.skipping or state.rebuild is None:
+            return None
+        self.position = len(contract.sequence)
+        self.symbols = [SYMBOLS[self.decision]] * self.position
+        columns = zip(*(anchor.values for anchor in state.anchors))
+        return state.rebuild([combine(self.weights, [v for v in column if v is not None]) for column in columns])
+
+    def keep_whole(self, result: Any) -> None:
+        """After a computed model call: a new anchor, where the policy skips whole steps."""
+        if self.contract is None or self.contract.refusal or self.cache is None or self.cache.probe_blocks:
+            return
+        values = tuple(value.clone() for value in tensors_in(result))
+        self.state.rebuild = rebuilder(result)
+        self.state.remember(Anchor(self._coordinate(), None, values, finite_flag(values)), self.forecast.anchors)
 
     def finish(self) -> None:
         """Check that the forward kept the contract to its end."""
@@ -117,12 +141,17 @@ class Forward:
 
     def _decide(self, contract: Contract) -> None:
         """After the probe: compute or skip the rest of the stack."""
-        state, cache = self.state, self.cache
         position, _ = contract.stream
-        assert cache is not None and self.head_input is not None
-        probe = self.probe = self.head_outputs[position] - self.head_input
+        assert self.head_input is not None
+        self.probe = self.head_outputs[position] - self.head_input
         self.head_input = None
-        forced = must_compute(cache, state.seen, self.info.remaining, state.gate.skips)
+        self._rule(contract)
+
+    def _rule(self, contract: Contract) -> None:
+        """The schedule first, then the gate."""
+        state, cache, probe = self.state, self.cache, self.probe
+        assert cache is not None
+        forced = must_compute(cache, state.seen, self.info.remaining, state.gate.skips, self.span)
         if forced is None and not state.anchors:
             forced = "no anchor"
         elif forced is None and state.seen < 2:
@@ -135,7 +164,7 @@ class Forward:
         if verdict.reason == "non-finite anchor":
             self.decision = RECOMPUTE
             state.drop()
-        elif verdict.reason == "non-finite indicator" and not _all_finite(probe):
+        elif verdict.reason == "non-finite indicator" and probe is not None and not _all_finite(probe):
             self._complain(contract.sequence[contract.probe_end])
         if self.skipping:
             state.gate = after_skip(state.gate, verdict)
@@ -147,23 +176,26 @@ class Forward:
     def _judge(self, contract: Contract) -> Verdict:
         """Ask the gate; the one place that waits for the device."""
         state, cache, probe = self.state, self.cache, self.probe
-        assert cache is not None and probe is not None
+        assert cache is not None
         self.weights = weights_for(self.forecast, [a.coordinate for a in state.anchors], self._coordinate())
-        reference = state.anchors[-1].probe
-        if cache.reference == "previous" and state.previous_probe is not None:
-            reference = state.previous_probe
-        elif cache.reference == "forecast":
-            reference = combine(self.weights, [a.probe for a in state.anchors])
         flags = [anchor.finite for anchor in state.anchors]
-        if cache.threshold is None:
+        controlled = cache.reference == "corrector"
+        if cache.threshold is None or controlled or probe is None:
             finite, change = torch.stack(flags).tolist(), None
         else:
-            *finite, change = torch.stack([*flags, relative_l1(probe, reference)]).tolist()
+            *finite, change = torch.stack([*flags, relative_l1(probe, self._reference(cache.reference))]).tolist()
         if not all(map(math.isfinite, finite)):
             return Verdict(True, "non-finite anchor", change)
         if cache.reference == "forecast":
             self.forecast_error = change
-        return decide(cache, state.gate, change)
+        return Verdict(False, "within span") if controlled else decide(cache, state.gate, change)
+
+    def _reference(self, kind: str) -> Tensor:
+        """What the probe is compared with."""
+        if kind == "previous" and self.state.previous_probe is not None:
+            return self.state.previous_probe
+        probes = [anchor.probe for anchor in self.state.anchors if anchor.probe is not None]
+        return combine(self.weights, probes) if kind == "forecast" else probes[-1]
 
     def _coordinate(self) -> float:
         """Where this step lies on the forecast's axis."""

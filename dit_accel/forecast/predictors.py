@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.forecast.settings import Forecast
-from dit_accel.forecast.weights import newton_weights, reuse_weights, taylor_weights
+from dit_accel.forecast.weights import damped_weights, newton_weights, reuse_weights, taylor_weights
 
 WEIGHTS: dict[str, Callable[[Sequence[float], float, int], list[float]]] = {
     "reuse": reuse_weights,
@@ -19,6 +19,8 @@ WEIGHTS: dict[str, Callable[[Sequence[float], float, int], list[float]]] = {
 
 def weights_for(forecast: Forecast, u: Sequence[float], v: float) -> list[float]:
     """Weights of the anchors at coordinates u (oldest first, all different) for a value at v."""
+    if forecast.predictor == "newton":
+        return damped_weights(u, v, forecast.order, forecast.damping)
     return WEIGHTS[forecast.predictor](u, v, forecast.order)
 
 

@@ -27,11 +27,29 @@ class Forecast(Settings):
         "step", "what the polynomial runs over: step index, or the scheduler's noise level", choices=COORDINATES
     )
 
+    damping: float = setting(
+        0.0,
+        "newton: share of the highest difference that is left out; 0.5 lies half-way to the order below",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    corrector: int = setting(
+        0,
+        "degree of the polynomial that corrects skipped steps once the next one is computed; 0 does not (useful: 1, 2)",
+        minimum=0,
+        maximum=3,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.predictor == "reuse" and self.order > 1:
             raise PolicyError(
                 f"Forecast.order is {self.order} with the predictor 'reuse', which has no order; give 'newton'."
+            )
+
+        if self.damping and self.predictor != "newton":
+            raise PolicyError(
+                f"Forecast.damping is {self.damping:g} with the predictor {self.predictor!r}; only 'newton' is damped."
             )
 
     @property

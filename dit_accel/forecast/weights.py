@@ -30,6 +30,19 @@ def newton_weights(u: Sequence[float], v: float, order: int) -> list[float]:
     return [0.0] * first + weights
 
 
+def damped_weights(u: Sequence[float], v: float, order: int, damping: float) -> list[float]:
+    """Newton's weights with the highest difference scaled by 1 - damping: between two orders.
+
+    Differences of high order carry the most noise; HiCache (2508.16984) shrinks them by its Hermite scale as well.
+    """
+    order = min(order, len(u) - 1)
+    high = newton_weights(u, v, order)
+    if not damping or order == 0:
+        return high
+    low = newton_weights(u, v, order - 1)
+    return [(1 - damping) * h + damping * w for h, w in zip(high, low)]
+
+
 def taylor_weights(u: Sequence[float], v: float, order: int) -> list[float]:
     """TaylorSeer (2503.06923, eq. 8) as published: differences over the last gap, summed as derivatives x^k / k!.
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ class TinyWan:
 def frames_at(model: WanTransformer3DModel, at: Tensor) -> Iterator[None]:
     """Inside, frame i of a clip has the rotary position at[i] in time, not i; space is untouched."""
     rope = model.rope
-    tables = rope.freqs_cos, rope.freqs_sin
+    tables = [cast(Tensor, rope.freqs_cos), cast(Tensor, rope.freqs_sin)]
     rows = slice(len(at)), slice(rope.t_dim)
     earlier = [table[rows].clone() for table in tables]
     for table in tables:
