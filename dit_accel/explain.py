@@ -27,6 +27,8 @@ _PREDICTORS = {
     "reuse": "the residual of the last computed step, as it is",
     "newton": "a polynomial of degree {order} through the residuals of the last {anchors} computed steps "
     "(Newton's divided differences at their true positions)",
+    "hermite": "TaylorSeer's differences on Hermite polynomials, over the last {anchors} computed steps (HiCache)",
+    "chebyshev": "Chebyshev polynomials to degree {order}, fitted to the last {anchors} computed steps (Spectrum)",
     "taylor": "TaylorSeer's published formula of order {order} over the last {anchors} computed steps",
 }
 _COORDINATES = {"step": "the step number", "sigma": "the scheduler's noise level"}

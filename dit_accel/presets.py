@@ -17,19 +17,17 @@ class Preset:
     description: str
 
 
-def _gated(threshold: float, max_skips: int, tail: int, accumulate: bool = False) -> Policy:
-    """Our presets: forecast the stack, and go on as long as the probe's own forecast is good enough."""
-    cache = BlockCache(threshold, "forecast", accumulate, warmup=3, tail=tail, max_skips=max_skips)
-    return Policy(cache, Forecast("newton", order=2))
+def _corrected(tolerance: float) -> Policy:
+    """Our presets: whole steps are forecast, corrected afterwards, and as many as the corrector found harmless."""
+    cache = BlockCache(tolerance, "corrector", warmup=4, tail=1, max_skips=5, probe_blocks=0)
+    return Policy(cache, Forecast("newton", order=2, damping=0.5, corrector=2))
 
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(Policy(), "computes everything, bit-equal to the plain pipeline; only counts"),
-    "quality": Preset(
-        _gated(0.15, max_skips=3, tail=2, accumulate=True), "about two fifths of the work, differences hard to see"
-    ),
-    "balanced": Preset(_gated(0.13, max_skips=4, tail=1), "about a third of the work"),
-    "fast": Preset(_gated(0.5, max_skips=6, tail=1, accumulate=True), "less than a third of the work, details change"),
+    "quality": Preset(_corrected(0.002), "a third to a half of the work, differences hard to see"),
+    "balanced": Preset(_corrected(0.004), "a third of the work, differences seldom seen"),
+    "fast": Preset(_corrected(0.012), "a quarter of the work, details change"),
     "fbcache": Preset(
         Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1, tail=0)),
         "First Block Cache (ParaAttention): reuse while the first block's residual is near the last computed one",

@@ -109,9 +109,13 @@ class Session:
 
         return call
 
-    def _hold_scheduler(self) -> Any:
-        """Make the pipeline's scheduler tell the clock about its steps; follows a scheduler that was exchanged."""
-        scheduler = getattr(self.target, "scheduler", None) if is_pipeline(self.target) else None
+    def _hold_scheduler(self, scheduler: Any = None) -> Any:
+        """Make a scheduler tell the clock about its steps; follows one that was exchanged in its pipeline.
+
+        scheduler: of a bare transformer's run.
+        """
+        if is_pipeline(self.target):
+            scheduler = getattr(self.target, "scheduler", None)
         if scheduler is self._scheduler:
             return scheduler
         self._release_scheduler()
@@ -140,8 +144,9 @@ class Session:
         if corrector is None or corrector.off is not None:
             return plain(scheduler, *args, **kwargs)
         arguments = bind(plain, args, kwargs)
-        if arguments is None:
-            corrector.off = "the scheduler's step names no model_output and sample"
+        if arguments is None or not decided.denoisers:
+            own = "the scheduler's step names no model_output and sample"
+            corrector.off = own if arguments is None else "the pipeline makes scheduler steps without a model call"
             result, audit = plain(scheduler, *args, **kwargs), None
         else:
             if decided.denoisers != run.stepped:  # another model, another path
@@ -153,8 +158,9 @@ class Session:
             result, audit = corrector.step(call, decided.kinds <= {COMPUTE, RECOMPUTE})
         if audit is not None:
             self._audited(run, audit)
-        if corrector.off is not None:
-            self.stats.warn(f"Skipped steps are not corrected afterwards: {corrector.off}.")
+        reason = corrector.off or corrector.hindered
+        if reason is not None:
+            self.stats.warn(f"Skipped steps are not corrected afterwards: {reason}.")
         return result
 
     def _audited(self, run: RunState, audit: Audit) -> None:
@@ -173,8 +179,11 @@ class Session:
     # --------------------------------------------------------------------------------------------------------- runs
 
     @contextlib.contextmanager
-    def run(self, steps: int | None = None) -> Iterator[Session]:
-        """Mark one sampling run of a bare transformer. steps: its number of steps, so that the tail can be kept."""
+    def run(self, steps: int | None = None, scheduler: Any = None) -> Iterator[Session]:
+        """Mark one sampling run of a bare transformer. steps: its number of steps, so that the tail can be kept.
+
+        scheduler: the one whose `step` the loop calls; policies with a corrector need it.
+        """
         if is_pipeline(self.target):
             raise DitAccelError("session.run() is for bare transformers; a wrapped pipeline opens its runs by itself.")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
@@ -183,16 +192,25 @@ class Session:
             )
         if not self.active:
             raise DitAccelError("This session was removed, so nothing would be skipped; call apply again.")
-        with self._open_run(steps):
-            yield self
+        if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+            raise PolicyError(
+                f"session.run() got the scheduler {type(scheduler).__name__}, which has no step(); give a diffusers "
+                "scheduler, or leave it out."
+            )
+        with self.lock:
+            try:
+                with self._open_run(steps, scheduler):
+                    yield self
+            finally:
+                self._release_scheduler()
 
     @contextlib.contextmanager
-    def _open_run(self, steps: int | None) -> Iterator[None]:
+    def _open_run(self, steps: int | None, given: Any = None) -> Iterator[None]:
         """One run: fresh state before, none after, whatever happens between. Threads take turns."""
         with self.lock:
             self._check_still_ours()
             earlier = self._run
-            scheduler = self._hold_scheduler()
+            scheduler = self._hold_scheduler(given)
             clock = Clock(self.target if scheduler is not None else None, scheduler, steps)
             self._run = RunState(self._runs, clock, self._corrector(scheduler))
             self._runs += 1
@@ -209,9 +227,22 @@ class Session:
         if not order or self.policy.is_exact:
             return None
         if scheduler is None:
-            self.stats.warn("Skipped steps are not corrected afterwards: no scheduler of the pipeline can be seen.")
+            self._refuse_uncorrected()
             return None
         return Corrector(order)
+
+    def _refuse_uncorrected(self) -> None:
+        """No scheduler can be seen: a gate that goes by the corrector would compute everything."""
+        cache = self.policy.cache
+        gated = cache is not None and cache.reference == "corrector"
+        consequence = "so everything would be computed" if gated else "so skipped steps would not be corrected"
+        sentence = (
+            f"This policy corrects the steps of the scheduler, but none can be seen, {consequence}; give "
+            "session.run(scheduler=...), or a policy without a corrector."
+        )
+        if self.strict and gated:
+            raise PolicyError(sentence)
+        self.stats.warn(sentence)
 
     def active_run(self) -> RunState | None:
         """The run that this thread is in."""

@@ -111,7 +111,7 @@ def test_one_denoiser_has_all_steps(name: str) -> None:
     pipe = tiny_pipelines.build(name, 6).pipe
     text = explain(pipe, "balanced", 20)
     assert turns_of(pipe, find_denoisers(pipe), 20) == {} and "turns" not in text
-    assert "transformer, over 20 steps: steps 0 to 2 and 19 are always computed" in text
+    assert "transformer, over 20 steps: steps 0 to 3 and 19 are always computed" in text
     assert "Nothing is known to be in the way" in text
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dit_accel
-from dit_accel import BlockCache, Policy, Session
+from dit_accel import BlockCache, Forecast, Policy, Session
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.checks import FORCED, block_calls, counted_leaves, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline
@@ -88,3 +88,29 @@ def test_the_last_steps_of_a_run_are_known_and_computed(ran: Ran) -> None:
 
 def test_there_are_at_least_34_pipeline_classes() -> None:
     assert len({type(tiny_pipelines.build(name, blocks=4).pipe) for name in tiny_pipelines.NAMES}) >= 34
+
+
+CORRECTED = Policy(
+    BlockCache(threshold=9.0, reference="corrector", warmup=2, tail=1, max_skips=2, probe_blocks=0),
+    Forecast("newton", order=1, corrector=1),
+)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.NAMES)
+def test_whole_steps_are_skipped_and_corrected_on_every_scheduler(name: str) -> None:
+    tiny = tiny_pipelines.build(name)
+    plain = tiny_pipelines.call(tiny, STEPS)
+    before = traces(tiny.pipe)
+    with dit_accel.apply(tiny.pipe, CORRECTED) as session:
+        first = tiny_pipelines.call(tiny, STEPS)
+        again = tiny_pipelines.call(tiny, STEPS)
+    assert torch.equal(first, again) and bool(torch.isfinite(first).all())
+    assert traces(tiny.pipe) == before and torch.equal(tiny_pipelines.call(tiny, STEPS), plain)
+    skipped = [record for record in session.stats.steps if record.decision == "forecast"]
+    corrected = [audit for audit in session.stats.audits if audit.span > 1]
+    if not corrected:
+        words = ("adds noise", "without a model call")
+        assert not skipped and any(word in session.report() for word in words), session.report()
+        assert torch.equal(first, plain), "what cannot be judged is computed"
+    else:
+        assert skipped and all(record.flops == 0 and record.blocks_run == 0 for record in skipped)

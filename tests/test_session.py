@@ -5,11 +5,12 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -468,17 +469,42 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
     ids=lambda policy: policy if isinstance(policy, str) else None,
 )
 def test_a_denoiser_call_waits_for_the_device_at_most_once(policy: Policy | str, syncs: Syncs) -> None:
-    model = toy()
+    model, scheduler = toy(), FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
     counts: list[int] = []
-    with dit_accel.apply(model, policy) as session, session.run(STEPS), syncs:
+    with dit_accel.apply(model, policy) as session, session.run(scheduler=scheduler), syncs:
         x = torch.ones(1, TOKENS, WIDTH)
-        for step in range(STEPS):
+        for step, time in enumerate(scheduler.timesteps):
             before = syncs.count
-            model(x, timestep=1 - step / STEPS)
+            output = model(x, timestep=1 - step / STEPS)
             counts.append(syncs.count - before)
-    assert max(counts) == (0 if session.policy.is_exact else 1)
+            x = scheduler.step(output, time, x, return_dict=False)[0]
+    # the first call reads the scheduler's list of noise levels, once a run
+    assert max(counts[1:]) <= (0 if session.policy.is_exact else 1)
     asked = [record.step for record in session.stats.steps if record.indicator is not None]
     assert all(counts[step] == 1 for step in asked)
+
+
+def test_a_bare_run_is_corrected_where_its_scheduler_is_given() -> None:
+    policy = Policy.named("balanced", threshold=9.0)
+    model, scheduler = toy(), cast(Any, FlowMatchEulerDiscreteScheduler())
+    before = traces(model), type(scheduler)
+    scheduler.set_timesteps(12)
+    with dit_accel.apply(model, policy) as session:
+        with pytest.raises(PolicyError, match=r"give session.run\(scheduler="), session.run(12):
+            pass
+        with pytest.raises(PolicyError, match="has no step"), session.run(scheduler=3):
+            pass
+        with session.run(scheduler=scheduler):
+            x = torch.ones(1, TOKENS, WIDTH)
+            for time in scheduler.timesteps:
+                x = scheduler.step(model(x, timestep=time), time, x, return_dict=False)[0]
+    assert [r.decision for r in session.stats.steps].count("forecast") >= 4
+    assert [audit.span for audit in session.stats.audits if audit.span > 1], "skipped steps were corrected"
+    assert (traces(model), type(scheduler)) == before
+    with dit_accel.apply(model, policy, strict=False) as session, session.run(12):
+        sample(model)
+    assert "everything would be computed" in session.report()
 
 
 def test_the_syncs_above_are_really_counted(syncs: Syncs) -> None:

@@ -116,9 +116,17 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
         rows.append(Method("cache-dit mask, Taylor 1", mask, cache_dit("taylor", mask, **shared)))
     for name in ("quality", "balanced", "fast"):
         rows.append(Method(f"dit_accel {name}", "preset", ours(name)))
-    for threshold in (0.06, 0.08, 0.1, 0.2, 0.3):
-        swept = Policy.named("balanced", threshold=threshold)
-        rows.append(Method("dit_accel gated Newton 2", f"{threshold}", ours(swept)))
+    for tolerance in (0.0005, 0.001, 0.0015, 0.003, 0.006, 0.02):
+        swept = Policy.named("balanced", threshold=tolerance)
+        rows.append(Method("dit_accel corrected", f"{tolerance}", ours(swept)))
+    for tolerance in (0.006, 0.02):
+        swept = Policy.named("balanced", threshold=tolerance, max_skips=9)
+        rows.append(Method("dit_accel corrected, 9 skips", f"{tolerance}", ours(swept)))
+    for threshold in (0.06, 0.1, 0.2, 0.3):
+        cache = BlockCache(threshold, "forecast", warmup=3, tail=1, max_skips=4)
+        rows.append(
+            Method("dit_accel gated Newton 2", f"{threshold}", ours(Policy(cache, Forecast("newton", order=2))))
+        )
     for skips in (1, 2, 3, 4):
         for order in (1, 2):
             cache = BlockCache(threshold=None, max_skips=skips, warmup=3, tail=1)

@@ -94,14 +94,14 @@ class Clock:
         self.step, self.ticked, self.ended, self.time = 0, False, False, None
         self.calls.clear()
         times = self.timesteps
-        if not isinstance(times, Tensor) or self.given_steps is not None:
+        if not isinstance(times, Tensor):
             return
         count = len(times)
         begin = getattr(self.scheduler, "begin_index", None)
         if not isinstance(begin, int):
             own = getattr(self.pipe, "num_timesteps", None)
             begin = count - own if isinstance(own, int) and 0 < own <= count else 0
-        self.total = count - begin
+        self.total = count - begin if self.given_steps is None else self.given_steps
         levels = noise_levels(self.scheduler)
         self.sigmas = levels[begin:] if levels is not None else None
 

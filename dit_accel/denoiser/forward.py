@@ -19,7 +19,7 @@ from dit_accel.denoiser.contract import Contract, ContractChanged, Observer, arg
 from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.errors import NonFiniteError
 from dit_accel.forecast import Forecast
-from dit_accel.forecast.predictors import combine, weights_for
+from dit_accel.forecast.predictors import Limits, combine, weights_for
 from dit_accel.state import Anchor, BranchState
 from dit_accel.stats import COMPUTE, FORECAST, RECOMPUTE, REUSE, SYMBOLS
 
@@ -177,7 +177,9 @@ class Forward:
         """Ask the gate; the one place that waits for the device."""
         state, cache, probe = self.state, self.cache, self.probe
         assert cache is not None
-        self.weights = weights_for(self.forecast, [a.coordinate for a in state.anchors], self._coordinate())
+        self.weights = weights_for(
+            self.forecast, [a.coordinate for a in state.anchors], self._coordinate(), self._limits()
+        )
         flags = [anchor.finite for anchor in state.anchors]
         controlled = cache.reference == "corrector"
         if cache.threshold is None or controlled or probe is None:
@@ -202,6 +204,12 @@ class Forward:
         if self.forecast.coordinate == "sigma" and self.info.sigma is not None:
             return self.info.sigma
         return float(self.info.step)
+
+    def _limits(self) -> Limits:
+        """The coordinates of the first and the last step; the next step is the last where their number is unknown."""
+        if self.forecast.coordinate == "sigma" and self.info.sigma is not None:
+            return 1.0, 0.0
+        return 0.0, float(self.info.step + (self.info.remaining or 2) - 1)
 
     # ------------------------------------------------------------------------------------------- what is remembered
 

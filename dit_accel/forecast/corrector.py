@@ -98,19 +98,23 @@ class Audit:
 class Corrector:
     """State of one run. order: degree of the polynomial between computed steps (1 to 3).
 
-    known: the latest computed steps; skipped: the steps since; before: the scheduler's attributes ahead of the first of
-    them; last: the sample that the last step returned; off: why nothing is corrected in this run, `None` while it is;
-    is_tried, is_checked: what was made sure of already.
+    known: the latest computed steps; span: steps since the last of them; skipped: those steps, as far as they can be
+    made again; before: the scheduler's attributes ahead of the first of them; last: the sample that the last step
+    returned; off: why nothing is corrected or judged in this run, `None` while it is; hindered: why some steps were
+    judged and not corrected; is_tried, is_checked, is_repeatable: what was made sure of.
     """
 
     order: int
     known: list[Known] = field(default_factory=list)
+    span: int = 0
     skipped: list[SchedulerStep] = field(default_factory=list)
     before: dict[str, Any] = field(default_factory=dict)
     last: Tensor | None = None
     off: str | None = None
+    hindered: str | None = None
     is_tried: bool = False
     is_checked: bool = False
+    is_repeatable: bool = True
 
     def step(self, call: SchedulerStep, computed: bool) -> tuple[Any, Audit | None]:
         """Make one scheduler step -> its result, and what is now known of the forecasts before it.
@@ -124,20 +128,23 @@ class Corrector:
         if self.off is not None:
             return call.run(call.output, call.sample), None
         if self.last is not None and not _same(call.sample, self.last):
-            self.forget()  # latents were changed between the steps (inpainting, a callback): only from here on
+            self.hindered = "the latents were changed between two steps (inpainting or a callback does that)"
+            self.skipped = []
+        self.span += 1
         if computed:
             result, audit = self._computed(call)
         else:
-            if not self.skipped:
+            if self.span == 1:
                 self.before = _attributes(call.scheduler)
-            self.skipped.append(call)
+            if self.span == len(self.skipped) + 1:
+                self.skipped.append(call)
             result, audit = call.run(call.output, call.sample), None
         self.last = next_sample(result)
         return result, audit
 
     def forget(self) -> None:
-        """Drop what is known: the model or the sample changed in between."""
-        self.known, self.skipped, self.before, self.last = [], [], {}, None
+        """Drop what is known: another model takes over, or another list of time steps."""
+        self.known, self.span, self.skipped, self.before, self.last = [], 0, [], {}, None
 
     def tensors(self) -> list[Tensor]:
         """What is held in memory beyond the run's own sample."""
@@ -150,14 +157,15 @@ class Corrector:
         others = [known for known in self.known if abs(known.coordinate - call.coordinate) >= 1e-9]
         estimate, output, sample, audit = call.estimate(), call.output, call.sample, None
         self.known = [*others, Known(call.coordinate, output, estimate)][-self.order - 1 :]
-        if self.skipped and others and self._can_repeat(call):
+        complete = len(self.skipped) == self.span - 1
+        if self.skipped and complete and others and self._can_repeat(call):
             sample = self._again(self._between())
             output = call.reacted(output, estimate, sample)
-            audit = Audit(len(self.skipped) + 1, _distance(sample, call.sample))
+            audit = Audit(self.span, _distance(sample, call.sample))
             self.known[-1] = Known(call.coordinate, output, estimate)
-        elif not self.skipped and len(others) > 1:
-            audit = Audit(1, self._trial(call, others))
-        self.skipped, self.before = [], {}
+        elif len(others) > 1:  # each skipped step was nearer to the computed ones, so it missed by less than this one
+            audit = Audit(self.span, self._trial(call, others) * max(1, self.span - 1))
+        self.span, self.skipped, self.before = 0, [], {}
         return call.run(output, sample), audit
 
     def _trial(self, call: SchedulerStep, known: list[Known]) -> Tensor:
@@ -176,10 +184,11 @@ class Corrector:
         if not self.is_checked:
             self.is_checked = True
             after = _attributes(call.scheduler)
-            if not _same(self._again([(step.output, None) for step in self.skipped]), call.sample):
-                self.off = "the scheduler's steps cannot be made twice"
+            self.is_repeatable = _same(self._again([(step.output, None) for step in self.skipped]), call.sample)
             _restore(call.scheduler, after)
-        return self.off is None
+            if not self.is_repeatable:
+                self.hindered = "the scheduler's steps cannot be made twice"
+        return self.is_repeatable
 
     def _between(self) -> list[tuple[Tensor, Tensor | None]]:
         """Output and clean estimate of every skipped step, from the computed ones on both sides."""

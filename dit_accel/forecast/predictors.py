@@ -7,21 +7,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dit_accel.forecast.chebyshev import blended_weights
+from dit_accel.forecast.hermite import hermite_weights
 from dit_accel.forecast.settings import Forecast
-from dit_accel.forecast.weights import damped_weights, newton_weights, reuse_weights, taylor_weights
+from dit_accel.forecast.weights import damped_weights, reuse_weights, taylor_weights
 
-WEIGHTS: dict[str, Callable[[Sequence[float], float, int], list[float]]] = {
-    "reuse": reuse_weights,
-    "newton": newton_weights,
-    "taylor": taylor_weights,
+Limits = tuple[float, float]  # coordinates of the first and the last step of a run
+UNIT: Limits = (0.0, 1.0)
+
+WEIGHTS: dict[str, Callable[[Forecast, Sequence[float], float, Limits], list[float]]] = {
+    "reuse": lambda forecast, u, v, limits: reuse_weights(u, v),
+    "newton": lambda forecast, u, v, limits: damped_weights(u, v, forecast.order, forecast.damping),
+    "taylor": lambda forecast, u, v, limits: taylor_weights(u, v, forecast.order),
+    "hermite": lambda forecast, u, v, limits: hermite_weights(u, v, forecast.order, forecast.scale),
+    "chebyshev": lambda forecast, u, v, limits: blended_weights(
+        u, v, forecast.order, forecast.ridge, limits, forecast.blend
+    ),
 }
 
 
-def weights_for(forecast: Forecast, u: Sequence[float], v: float) -> list[float]:
-    """Weights of the anchors at coordinates u (oldest first, all different) for a value at v."""
-    if forecast.predictor == "newton":
-        return damped_weights(u, v, forecast.order, forecast.damping)
-    return WEIGHTS[forecast.predictor](u, v, forecast.order)
+def weights_for(forecast: Forecast, u: Sequence[float], v: float, limits: Limits = UNIT) -> list[float]:
+    """Weights of the anchors at coordinates u (oldest first, all different) for a value at v.
+
+    limits: the ends of the run, which Chebyshev's polynomials are stretched to.
+    """
+    return WEIGHTS[forecast.predictor](forecast, u, v, limits)
 
 
 def combine(weights: Sequence[float], anchors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:

@@ -7,35 +7,51 @@ from dataclasses import dataclass
 from dit_accel.errors import PolicyError
 from dit_accel.settings import Settings, setting
 
-PREDICTORS = ("reuse", "newton", "taylor")
+PREDICTORS = ("reuse", "newton", "taylor", "hermite", "chebyshev")
 COORDINATES = ("step", "sigma")
+# Settings that one predictor alone reads, with the value that leaves it as it is published.
+_OWN = {"damping": ("newton", 0.0), "scale": ("hermite", 0.5), "ridge": ("chebyshev", 0.1), "blend": ("chebyshev", 1.0)}
 
 
 @dataclass(frozen=True)
 class Forecast(Settings):
-    """What stands in for a skipped stack: a weighted sum of the residuals at the last `order + 1` computed steps."""
+    """What stands in for a skipped stack: a weighted sum of the residuals at the last computed steps.
+
+    Important: `predictor`, `order`, and `corrector`, which repairs what the predictor got wrong. To tinker with: the
+    others; `damping`, `scale`, `ridge` and `blend` belong to one predictor each.
+    """
 
     predictor: str = setting(
         "newton",
-        "reuse: the last residual; newton: divided differences; taylor: TaylorSeer's formula as published",
+        "reuse: the last residual; newton: divided differences; taylor: TaylorSeer's formula as published; "
+        "hermite: HiCache; chebyshev: Spectrum",
         choices=PREDICTORS,
     )
     order: int = setting(
-        1, "degree of the polynomial; each order keeps one more residual in memory", minimum=0, maximum=2
+        1, "degree of the polynomial; each order keeps one more residual in memory", minimum=0, maximum=4
     )
     coordinate: str = setting(
         "step", "what the polynomial runs over: step index, or the scheduler's noise level", choices=COORDINATES
     )
-
+    history: int | None = setting(
+        None, "residuals kept in memory; null keeps order + 1; only chebyshev makes use of more", minimum=1, maximum=100
+    )
     damping: float = setting(
         0.0,
         "newton: share of the highest difference that is left out; 0.5 lies half-way to the order below",
         minimum=0.0,
         maximum=1.0,
     )
+    scale: float = setting(
+        0.5, "hermite: scale of the polynomials; smaller shrinks the forecast towards reuse", minimum=0.0, maximum=2.0
+    )
+    ridge: float = setting(0.1, "chebyshev: weight of the penalty on coefficients (useful: 0.01 to 1)", minimum=0.0)
+    blend: float = setting(
+        1.0, "chebyshev: its share; the rest is a straight line through the last two", minimum=0.0, maximum=1.0
+    )
     corrector: int = setting(
         0,
-        "degree of the polynomial that corrects skipped steps once the next one is computed; 0 does not (useful: 1, 2)",
+        "degree of the polynomial that corrects skipped steps once the next is computed; 0 does not (useful: 1 to 3)",
         minimum=0,
         maximum=3,
     )
@@ -46,13 +62,16 @@ class Forecast(Settings):
             raise PolicyError(
                 f"Forecast.order is {self.order} with the predictor 'reuse', which has no order; give 'newton'."
             )
-
-        if self.damping and self.predictor != "newton":
-            raise PolicyError(
-                f"Forecast.damping is {self.damping:g} with the predictor {self.predictor!r}; only 'newton' is damped."
-            )
+        for name, (owner, default) in _OWN.items():
+            if self.predictor != owner and getattr(self, name) != default:
+                raise PolicyError(
+                    f"Forecast.{name} is {getattr(self, name):g} with the predictor {self.predictor!r}, which does not "
+                    f"read it; leave it out, or give the predictor {owner!r}."
+                )
 
     @property
     def anchors(self) -> int:
         """Residuals kept in memory."""
-        return 1 if self.predictor == "reuse" else self.order + 1
+        if self.predictor == "reuse":
+            return 1
+        return self.order + 1 if self.history is None else self.history

@@ -46,8 +46,21 @@ def damped_weights(u: Sequence[float], v: float, order: int, damping: float) -> 
 def taylor_weights(u: Sequence[float], v: float, order: int) -> list[float]:
     """TaylorSeer (2503.06923, eq. 8) as published: differences over the last gap, summed as derivatives x^k / k!.
 
-    Its recursion D_0 = F, D_{k+1} = (D_k now - D_k before) / gap is written out in the anchors. Exact to degree 1 only:
-    from order 2 on it adds backward differences as if they were derivatives, and divides by the last gap alone.
+    Exact to degree 1 only: from order 2 on it adds backward differences as if they were derivatives, and divides by the
+    last gap alone.
+    """
+    x = v - u[-1]
+    weights = [0.0] * len(u)
+    for k, difference in enumerate(taylor_differences(u, order)):
+        factor = x**k / math.factorial(k)
+        weights = [w + factor * d for w, d in zip(weights, difference)]
+    return weights
+
+
+def taylor_differences(u: Sequence[float], order: int) -> list[list[float]]:
+    """TaylorSeer's D_0 to D_order at the last anchor, each as weights of the anchors.
+
+    Its recursion D_0 = F, D_{k+1} = (D_k now - D_k before) / gap, written out; the order falls to what there is.
     """
     count = len(u)
     tables: list[list[list[float]]] = []  # tables[n][k]: weights of D_k after anchor n
@@ -59,9 +72,4 @@ def taylor_weights(u: Sequence[float], v: float, order: int) -> list[float]:
             gap = u[n] - u[n - 1]
             table.append([(a - b) / gap for a, b in zip(table[k], before[k])])
         tables.append(table)
-    x = v - u[-1]
-    weights = [0.0] * count
-    for k, difference in enumerate(tables[-1]):
-        factor = x**k / math.factorial(k)
-        weights = [w + factor * d for w, d in zip(weights, difference)]
-    return weights
+    return tables[-1]

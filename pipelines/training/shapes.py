@@ -42,7 +42,7 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """Signed distance in pixels, positive inside, of points (x, y) [B, ...] to shapes [B] of a radius [B, 1, ...]."""
     reach = torch.hypot(x, y)
     ax, ay = x.abs(), y.abs()
-    bar = 0.36 * radius
+    bar = 0.28 * radius
     side = (0.95 * (y + radius) - 1.75 * ax) / (0.95**2 + 1.75**2) ** 0.5  # a triangle with its tip at the top
     every = torch.stack(
         [

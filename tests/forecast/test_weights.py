@@ -9,10 +9,11 @@ from fractions import Fraction
 
 import pytest
 
-from dit_accel.forecast.weights import newton_weights, reuse_weights, taylor_weights
+from dit_accel.forecast.hermite import hermite_weights
+from dit_accel.forecast.weights import damped_weights, newton_weights, reuse_weights, taylor_weights
 
 Predictor = Callable[[Sequence[float], float, int], list[float]]
-EVERY = [reuse_weights, newton_weights, taylor_weights]
+EVERY = [reuse_weights, newton_weights, taylor_weights, hermite_weights]
 NODES = [[0], [3], [0, 1], [0, 5], [0, 1, 2], [0, 1, 4], [0, 3, 6, 9], [0, 1, 2, 3, 8], [-2.5, -1, 7, 7.25]]
 SIGMAS = [[1.0, 0.93], [1.0, 0.97, 0.6], [0.99, 0.7, 0.69, 0.2]]  # the noise level falls
 
@@ -125,3 +126,12 @@ def test_taylor_equals_the_published_recursion(order: int, seed: int) -> None:
     v = times[-1] + rng.choice([1, 2, 3])
     result = sum(w * value for w, value in zip(taylor_weights(times, v, order), values, strict=True))
     assert result == pytest.approx(taylorseer(times, values, v, order), rel=1e-9, abs=1e-9)
+
+
+def test_damping_lies_between_two_orders() -> None:
+    u, v = [0.0, 1.0, 4.0], 6.0
+    high, low = newton_weights(u, v, 2), newton_weights(u, v, 1)
+    assert damped_weights(u, v, 2, 0.0) == high
+    assert damped_weights(u, v, 2, 1.0) == pytest.approx(low)
+    assert damped_weights(u, v, 2, 0.25) == pytest.approx([0.75 * a + 0.25 * b for a, b in zip(high, low)])
+    assert damped_weights([5.0], 6.0, 2, 0.5) == [1.0], "one anchor has no difference to damp"
