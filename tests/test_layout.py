@@ -20,7 +20,7 @@ SHIPPED = [
     *LIBRARY,
     *(path for folder in ("kernels", "pipelines", "demos") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
-ARITHMETIC = [*sorted((PACKAGE / "cache").glob("*.py")), *sorted((PACKAGE / "forecast").glob("*.py"))]
+ARITHMETIC = [*sorted((PACKAGE / "cache").rglob("*.py")), *sorted((PACKAGE / "forecast").glob("*.py"))]
 
 # What others keep private; a new one is fine in diffusers_bridge.py and nowhere else.
 PRIVATE_NAMES = re.compile(

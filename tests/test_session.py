@@ -474,7 +474,7 @@ def test_a_denoiser_call_waits_for_the_device_at_most_once(policy: Policy | str,
     counts: list[int] = []
     with dit_accel.apply(model, policy) as session, session.run(scheduler=scheduler), syncs:
         x = torch.ones(1, TOKENS, WIDTH)
-        for step, time in enumerate(scheduler.timesteps):
+        for step, time in enumerate(cast(Any, scheduler.timesteps)):
             before = syncs.count
             output = model(x, timestep=1 - step / STEPS)
             counts.append(syncs.count - before)

@@ -13,7 +13,15 @@ A, B = torch.zeros(2), torch.ones(3)
 
 
 @pytest.mark.parametrize(
-    ("result", "count"), [(A, 1), ((A,), 1), ((A, None, B), 2), ([A, "text"], 1), (([A, B], None), 2), (Transformer2DModelOutput(A), 1)]
+    ("result", "count"),
+    [
+        (A, 1),
+        ((A,), 1),
+        ((A, None, B), 2),
+        ([A, "text"], 1),
+        (([A, B], None), 2),
+        (Transformer2DModelOutput(A), 1),
+    ],
 )
 def test_tensors_are_exchanged_and_the_rest_stays(result: Any, count: int) -> None:
     tensors = tensors_in(result)

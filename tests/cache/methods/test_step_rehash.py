@@ -1,0 +1,71 @@
+"""Key steps from a map of similarities, and lists that are carried over to runs of another length."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dit_accel.cache.methods.step_rehash import (
+    JENGA_IMAGE_TO_VIDEO,
+    JENGA_STEPS,
+    JENGA_TEXT_TO_VIDEO,
+    StepRehash,
+    key_steps,
+    rescale_steps,
+)
+from dit_accel.errors import PolicyError
+
+SIMILARITY = [[1.0 - 0.1 * abs(i - j) for j in range(8)] for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [
+        # .9, .8 above, .7 not -> 3; again -> 6; 7 is the last
+        (StepRehash(0.75), [0, 3, 6, 7]),
+        (StepRehash(0.75, max_skips=1), [0, 2, 4, 6, 7]),
+        (StepRehash(0.75, max_skips=0), list(range(8))),
+        (StepRehash(0.1), [0, 7]),
+        (StepRehash(0.95), list(range(8))),
+        (StepRehash(1.0), list(range(8))),
+    ],
+)
+def test_a_key_step_is_one_that_no_longer_looks_like_the_last(settings: StepRehash, keys: list[int]) -> None:
+    assert key_steps(settings, SIMILARITY) == keys
+
+
+def test_threshold_one_never_skips_and_neither_does_a_similarity_that_is_no_number() -> None:
+    assert key_steps(StepRehash(1.0), [[1.0 + 1e-9] * 4] * 4) == [0, 1, 2, 3]
+    assert key_steps(StepRehash(-1.0), [[math.nan] * 4] * 4) == [0, 1, 2, 3]
+    assert key_steps(StepRehash(0.5), [[1.0]]) == [0]
+
+
+def test_the_lists_of_jenga() -> None:
+    assert (len(JENGA_TEXT_TO_VIDEO), len(JENGA_IMAGE_TO_VIDEO)) == (23, 24)
+    for keys in (JENGA_TEXT_TO_VIDEO, JENGA_IMAGE_TO_VIDEO):
+        assert sorted(set(keys)) == list(keys)
+        assert (keys[0], keys[-1]) == (0, JENGA_STEPS - 1)
+        assert rescale_steps(keys, JENGA_STEPS, JENGA_STEPS) == list(keys)
+
+
+def test_a_list_keeps_its_places_in_a_run_of_another_length() -> None:
+    assert rescale_steps([0, 2, 5, 9], 10, 19) == [0, 4, 10, 18]
+    assert rescale_steps([0, 1, 2, 5, 9], 10, 4) == [0, 1, 2, 3]  # 0, 1/3, 2/3, 5/3, 3
+    assert rescale_steps([0, 9], 10, 1) == [0]
+    assert rescale_steps([0], 1, 30) == [0]
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"threshold is 1\.5"):
+        StepRehash(1.5)
+    with pytest.raises(PolicyError, match="max_skips is -1"):
+        StepRehash(0.5, -1)
+    with pytest.raises(PolicyError, match=r"rows of \[1\] for 2 steps"):
+        key_steps(StepRehash(0.5), [[1.0], [1.0]])
+    with pytest.raises(PolicyError, match="begin with 0"):
+        rescale_steps([1, 2], 5, 5)
+    with pytest.raises(PolicyError, match="numbers from 0 to 4"):
+        rescale_steps([0, 5], 5, 5)
+    with pytest.raises(PolicyError, match="A run of 0 steps is too short"):
+        rescale_steps([0], 1, 0)
