@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dit_accel.bench.measure import Result, Workload, load_workload, magnitude_ratios
 from dit_accel.bench.methods import Method, methods
-from dit_accel.bench.results import versions, write_results
+from dit_accel.bench.results import read_results, versions, write_results
 from dit_accel.denoiser.find import find_denoisers
-from dit_accel.errors import UnsupportedModelError
+from dit_accel.errors import ArgumentError, UnsupportedModelError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="measure families whose name contains this")
+    parser.add_argument("--only", default="", help="measure families whose name contains this, keep the others' rows")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratios, skipped["diffusers MagCache"] = None, str(error)
         print(f"diffusers MagCache is left out: {error}.")
     chosen = methods(arguments.steps, workload.branches, ratios)
+    stem = f"bench-guidance-{arguments.guidance:g}"
+    kept, kept_about = recorded(arguments.out / stem, workload, arguments.only) if arguments.only else ([], {})
     results = measure_all(workload, [method for method in chosen if arguments.only in method.family], skipped)
     about = {
         "command": f"python -m dit_accel.bench.curves {arguments.pipeline} --guidance {arguments.guidance:g}",
@@ -52,10 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "items": len(workload.prompts),
         "steps": arguments.steps,
         "guidance": arguments.guidance,
-        "left_out": skipped,
+        "left_out": kept_about.get("left_out", {}) | skipped,
     }
-    write_results(results, arguments.out, f"bench-guidance-{arguments.guidance:g}", about)
+    if kept:
+        about["kept"] = {"date": kept_about["date"], "families": sorted({row.family for row in kept})}
+    write_results([*kept, *results], arguments.out, stem, about)
     return 0
+
+
+def recorded(path: Path, workload: Workload, only: str) -> tuple[list[Result], dict[str, Any]]:
+    """Rows of an earlier record that are not measured now, and its JSON; none where there is no record.
+
+    path: without ending. Raises ArgumentError where it was of other items or steps.
+    """
+    if not path.with_suffix(".csv").is_file():
+        return [], {}
+    about = json.loads(path.with_suffix(".json").read_text())
+    now = {"items": len(workload.prompts), "steps": workload.steps}
+    if any(about[name] != value for name, value in now.items()):
+        raise ArgumentError(
+            f"{path}.csv holds {about['items']} items of {about['steps']} steps, but this run has {now['items']} of "
+            f"{now['steps']}, so their rows cannot stand side by side; give another --out, or leave --only out."
+        )
+    return [row for row in read_results(path.with_suffix(".csv")) if only not in row.family], about
 
 
 def measure_all(workload: Workload, chosen: Sequence[Method], skipped: dict[str, str]) -> list[Result]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from dit_accel.bench.measure import Result
 from dit_accel.files import write_atomically
@@ -27,6 +27,13 @@ def write_results(results: Sequence[Result], folder: Path, stem: str, about: dic
     write_atomically(folder / f"{stem}.csv", table.getvalue())
     write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2) + "\n")
     write_atomically(folder / f"{stem}.png", plot(results))
+
+
+def read_results(path: Path) -> list[Result]:
+    """Rows of a CSV that `write_results` wrote."""
+    hints = get_type_hints(Result)
+    with path.open(newline="") as file:
+        return [Result(**{name: hints[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def plot(results: Sequence[Result]) -> bytes:
