@@ -12,13 +12,25 @@ from torch import Tensor
 
 from dit_accel.files import write_atomically
 from dit_accel.quality import QualityError
-from dit_accel.stats import COMPUTE, FORECAST, RECOMPUTE, REUSE, SYMBOLS, StepRecord
+from dit_accel.stats import COMPUTE, FORECAST, PARTLY, RECOMPUTE, REUSE, SYMBOLS, StepRecord
 from dit_accel.video import frame_psnr, rgb
 
 INK, PALE, WHITE = (34, 34, 34), (214, 214, 214), (255, 255, 255)
 # Okabe and Ito's palette, which colour-blind people tell apart; each also has a mark of its own.
-COLOURS = {COMPUTE: (0, 114, 178), REUSE: (240, 228, 66), FORECAST: (230, 159, 0), RECOMPUTE: (204, 121, 167)}
-NAMES = {COMPUTE: "computed", REUSE: "reused", FORECAST: "forecast", RECOMPUTE: "recomputed"}
+COLOURS = {
+    COMPUTE: (0, 114, 178),
+    REUSE: (240, 228, 66),
+    FORECAST: (230, 159, 0),
+    RECOMPUTE: (204, 121, 167),
+    PARTLY: (86, 180, 233),
+}
+NAMES = {
+    COMPUTE: "computed",
+    REUSE: "reused",
+    FORECAST: "forecast",
+    RECOMPUTE: "recomputed",
+    PARTLY: "in part",
+}
 _KIND_OF = {symbol: kind for kind, symbol in SYMBOLS.items()}
 SMALLEST_SIDE = 128  # pixels: smaller images are enlarged to about this
 LARGEST_SIDE = 320  # pixels: larger frames are shrunk to this in a contact sheet
@@ -166,6 +178,7 @@ def _cell(draw: ImageDraw.ImageDraw, x: int, y: int, kind: str) -> None:
         REUSE: lambda: draw.line((left, middle, right, middle), INK, 2),
         FORECAST: lambda: draw.line((left, lower, right, upper), INK, 2),
         RECOMPUTE: lambda: draw.line((left, upper, right, lower, right, upper, left, lower), INK, 2),
+        PARTLY: lambda: draw.rectangle((left + 1, middle, right - 1, lower - 1), WHITE),
     }
     marks[kind]()
 

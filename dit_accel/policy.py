@@ -71,12 +71,13 @@ class Policy(Settings):
         policy = PRESETS[name].policy
         whole = {key: overrides.pop(key, getattr(policy, key)) for key in ("cache", "forecast")}
         parts = {key: value.to_dict() for key, value in whole.items() if isinstance(value, Settings)}
+        owners = [*parts.values(), *(v for part in parts.values() for v in part.values() if isinstance(v, dict))]
         for key, value in overrides.items():
-            owner = next((settings for settings in parts.values() if key in settings), None)
+            owner = next((settings for settings in owners if key in settings), None)
             if owner is None:
-                allowed = ["cache", "forecast", *(known for settings in parts.values() for known in settings)]
+                allowed = ["cache", "forecast", *(known for settings in owners for known in settings)]
                 raise PolicyError(f"The policy {name!r} has no setting {key!r}; {nearest(key, allowed)}.")
-            owner[key] = value
+            owner[key] = value.to_dict() if isinstance(value, Settings) else value
         return from_mapping(Policy, whole | parts)
 
     @staticmethod

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dit_accel.cache.step_control import StepControl
+from dit_accel.calibration import Calibration
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
@@ -39,6 +40,7 @@ class Session:
         self._callbacks: list[Callable[[StepRecord], None]] = []
         self._run: RunState | None = None
         self._runs = 0
+        self.calibration = Calibration(policy.cache)
         self._scheduler: Any = None
         self._unwrap_scheduler: Callable[[], None] | None = None
         self.active = False
@@ -216,8 +218,10 @@ class Session:
             self._runs += 1
             for attached in self.denoisers.values():
                 attached.here.context = None
+            self.calibration.begin()
             try:
                 yield
+                self.calibration.end()
             finally:
                 self._run = earlier
 

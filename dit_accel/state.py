@@ -3,60 +3,103 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dit_accel.cache.gate import GateState
+from dit_accel.cache.gate import GateState, Verdict
+from dit_accel.cache.indicator import mean_absolute, relative_l1
+from dit_accel.cache.methods.easycache import transformation_rate
 from dit_accel.cache.step_control import StepControl
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.contract import Contract
 from dit_accel.forecast.corrector import Corrector
 
+Unit = Hashable
+"""What is remembered by itself: MODEL, a range of places in the stack, or (place, name) of a layer in a block."""
+MODEL, VERIFIED = "model", "verified"
+
 
 @dataclass(frozen=True)
 class Anchor:
-    """A computed step. coordinate: where on the forecast's axis; probe: residual of the probe blocks [B, S, D], `None`
-    where whole steps are skipped; values: for each output of the tail, its residual (or absolute value) [B, S, D], or
-    `None`, or else each output of the model; finite: [] flag."""
+    """A computed step of one unit. coordinate: where on the forecast's axis; values: for each output of the unit, its
+    residual or absolute value [B, S, D], or `None`; finite: [] flag."""
 
     coordinate: float
-    probe: Tensor | None
     values: tuple[Tensor | None, ...]
     finite: Tensor
 
 
 @dataclass
 class BranchState:
-    """What is remembered between the steps of one branch. rebuild: makes a model's result of its tensors."""
+    """What is remembered between the steps of one branch.
+
+    units: anchors of each unit, oldest first; signals: the signal at the last computed steps, with its coordinate;
+    previous: the signal at the step before; change: indicator measured while computing, for the next step; rate,
+    seen_io: EasyCache's; ratios: MagCache's table; similarities: Sortblock's; rebuild: makes a model's result of its
+    tensors, and is_residual whether its first is kept as a residual to the input; builders: the same for layers.
+    """
 
     key: Any = None
-    anchors: list[Anchor] = field(default_factory=list)
-    previous_probe: Tensor | None = None
+    units: dict[Unit, list[Anchor]] = field(default_factory=dict)
+    signals: list[tuple[float, tuple[Tensor, ...]]] = field(default_factory=list)
+    previous: tuple[Tensor, ...] | None = None
     gate: GateState = GateState()
     seen: int = 0
+    change: Tensor | None = None
+    rate: Tensor | None = None
+    seen_io: tuple[Tensor, Tensor] | None = None
+    side: list[Tensor] = field(default_factory=list)
+    ratios: Sequence[float] = ()
+    similarities: dict[Unit, Tensor] = field(default_factory=dict)
     rebuild: Callable[[Sequence[Tensor]], Any] | None = None
+    is_residual: bool = False
+    builders: dict[Unit, Callable[[Sequence[Tensor]], Any]] = field(default_factory=dict)
 
-    def remember(self, anchor: Anchor, most: int) -> None:
+    def remember(self, unit: Unit, anchor: Anchor, most: int) -> None:
         """Add an anchor, oldest out; it replaces an earlier one at the same coordinate (solvers repeat sigmas)."""
-        others = [other for other in self.anchors if abs(other.coordinate - anchor.coordinate) >= 1e-9]
-        self.anchors = [*others, anchor][-most:]
+        others = [other for other in self.units.get(unit, ()) if _differ(other.coordinate, anchor.coordinate)]
+        self.units[unit] = [*others, anchor][-most:]
+
+    def remember_signal(self, coordinate: float, signal: tuple[Tensor, ...], most: int) -> None:
+        """The same for the signal."""
+        others = [other for other in self.signals if _differ(other[0], coordinate)]
+        self.signals = [*others, (coordinate, signal)][-most:]
+
+    def note_rate(self, latent: Tensor, output: Tensor) -> None:
+        """EasyCache: after a computed step, how fast the output changes with the input, over the output's size."""
+        if self.seen_io is not None and self.seen_io[1].shape == output.shape:
+            rate = transformation_rate(output, self.seen_io[1], latent, self.seen_io[0])
+            self.rate = rate / mean_absolute(output)
+        self.seen_io = (latent.clone(), output.clone())
+
+    def moving(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of several tensors the one that has changed most since the last call: text stays, time moves."""
+        earlier, self.side = self.side, [tensor.clone() for tensor in tensors]
+        if not tensors or len(earlier) != len(tensors):
+            return tensors[:1]
+        changes = [relative_l1(now, before).nan_to_num(0.0) for now, before in zip(tensors, earlier)]
+        return (self.side[int(torch.stack(changes).argmax())],)
 
     def drop(self) -> None:
         """Forget every feature; the count of steps seen stays."""
-        self.anchors.clear()
-        self.previous_probe = None
-        self.gate = GateState()
+        ratios, seen, key = self.ratios, self.seen, self.key
+        self.__init__()
+        self.ratios, self.seen, self.key = ratios, seen, key
 
     def tensors(self) -> Iterator[Tensor]:
-        for anchor in self.anchors:
-            if anchor.probe is not None:
-                yield anchor.probe
-            yield from (value for value in anchor.values if value is not None)
-        if self.previous_probe is not None and all(a.probe is not self.previous_probe for a in self.anchors):
-            yield self.previous_probe
+        """Every feature that is held, each once."""
+        held = [value for anchors in self.units.values() for anchor in anchors for value in anchor.values]
+        held += [tensor for _, tensors in self.signals for tensor in tensors]
+        held += [*(self.previous or ()), *(self.seen_io or ()), *self.side]
+        yield from {id(tensor): tensor for tensor in held if tensor is not None}.values()
+
+
+def _differ(a: float, b: float) -> bool:
+    return abs(a - b) >= 1e-9
 
 
 @dataclass(frozen=True)
@@ -72,7 +115,7 @@ class RunState:
     """One sampling run: its number, its thread, its clock and the state of every branch.
 
     corrector: `None` where the policy has none; control: how far the next computed step may lie ahead; stepped: the
-    denoisers of the last step.
+    denoisers of the last step; leads: what the first branch of a denoiser decided, and at which step.
     """
 
     number: int
@@ -85,6 +128,7 @@ class RunState:
     control: StepControl = StepControl()
     decided: Decided = Decided()
     stepped: frozenset[str] = frozenset()
+    leads: dict[str, tuple[int, str, Verdict]] = field(default_factory=dict)
 
     def decide(self, kind: str, denoiser: str) -> None:
         """Note how one denoiser call of the current step was served."""

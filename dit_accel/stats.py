@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-COMPUTE, REUSE, FORECAST, RECOMPUTE = "compute", "reuse", "forecast", "recompute"
-SYMBOLS = {COMPUTE: "#", REUSE: "-", FORECAST: "~", RECOMPUTE: "!"}
+COMPUTE, REUSE, FORECAST, RECOMPUTE, PARTLY = "compute", "reuse", "forecast", "recompute", "partly"
+SYMBOLS = {COMPUTE: "#", REUSE: "-", FORECAST: "~", RECOMPUTE: "!", PARTLY: "+"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class StepRecord:
     reason: why; indicator: what the gate compared with its threshold; forecast_error: relative L1 error of the probe's
     own forecast, where one was made; blocks_run, blocks_total: block calls made and known; attention_density: share of
     attention computed; seconds: host time of the call; blocks: one symbol a block call (# computed, - reused,
-    ~ forecast, ! recomputed); flops, flops_total: counted floating-point operations (0 while not counted yet).
+    ~ forecast, ! recomputed, + ran without some of its layers); flops, flops_total: counted floating-point operations
+    (0 while not counted yet).
     """
 
     run: int

@@ -17,6 +17,7 @@ import dit_accel
 from dit_accel import BlockCache, Forecast, NonFiniteError, Policy, PolicyError, Session, UnsupportedModelError
 from dit_accel.denoiser import attach
 from dit_accel.denoiser.find import find_block_lists
+from dit_accel.cache import Scope
 from dit_accel.testing import tiny_pipelines, tiny_transformers
 from dit_accel.testing.checks import FORCED, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline
@@ -28,7 +29,7 @@ LOOSE = Policy(
     Forecast("newton", order=2, coordinate="sigma"),
 )
 CORRECTED = Policy(
-    BlockCache(threshold=9.0, reference="corrector", warmup=1, max_skips=3, probe_blocks=0),
+    BlockCache(threshold=9.0, reference="corrector", warmup=1, max_skips=3, scope=Scope("model", "output")),
     Forecast("newton", order=2, damping=0.5, corrector=2),
 )
 POLICIES: dict[str, Policy | str] = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy, Session
+from dit_accel.cache import Scope
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.checks import FORCED, block_calls, counted_leaves, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline
@@ -91,7 +92,7 @@ def test_there_are_at_least_34_pipeline_classes() -> None:
 
 
 CORRECTED = Policy(
-    BlockCache(threshold=9.0, reference="corrector", warmup=2, tail=1, max_skips=2, probe_blocks=0),
+    BlockCache(threshold=9.0, reference="corrector", warmup=2, tail=1, max_skips=2, scope=Scope("model", "output")),
     Forecast("newton", order=1, corrector=1),
 )
 

@@ -97,7 +97,7 @@ def test_overrides_are_judged_together_whatever_their_order() -> None:
 
 
 def test_a_whole_field_is_replaced_and_then_overridden() -> None:
-    assert Policy.named("balanced", forecast=None, reference="anchor", probe_blocks=1).forecast is None
+    assert Policy.named("balanced", forecast=None, reference="anchor", unit="stack").forecast is None
     assert Policy.named("exact", cache=BlockCache(tail=2)).cache == BlockCache(tail=2)
     changed = Policy.named("exact", cache=BlockCache(tail=2), warmup=5)
     assert changed.cache == BlockCache(tail=2, warmup=5)

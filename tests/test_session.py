@@ -420,10 +420,11 @@ def test_a_policy_comes_in_many_forms(kind: str, tmp_path: Path) -> None:
     ("order", "reference", "threshold", "tensors"),
     [
         (0, "anchor", 1e-9, 2),  # one anchor: residual of the probe, residual of the tail
-        (1, "anchor", 1e-9, 4),
-        (2, "anchor", 1e-9, 6),
-        (0, "previous", 1e-9, 2),  # everything is computed: the previous probe is the anchor's own
-        (0, "previous", 1e9, 3),  # after a skipped step it is another one
+        (1, "anchor", 1e-9, 3),  # two of the tail; the probe is compared with the newest alone
+        (2, "anchor", 1e-9, 4),
+        (0, "previous", 1e-9, 2),
+        (0, "previous", 1e9, 2),
+        (1, "forecast", 1e-9, 4),  # the probe is forecast too
     ],
 )
 def test_state_bytes_are_those_of_the_anchors(order: int, reference: str, threshold: float, tensors: int) -> None:

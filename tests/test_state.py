@@ -7,12 +7,12 @@ import torch
 
 from dit_accel.cache.gate import GateState
 from dit_accel.denoiser.clock import Clock
-from dit_accel.state import Anchor, BranchState, RunState
+from dit_accel.state import MODEL, Anchor, BranchState, RunState
 
 
-def anchor(coordinate: float, probe: torch.Tensor | None = None) -> Anchor:
-    probe = torch.full((2, 3), coordinate) if probe is None else probe
-    return Anchor(coordinate, probe, (torch.zeros(5), None), torch.zeros(()))
+def anchor(coordinate: float, value: torch.Tensor | None = None) -> Anchor:
+    value = torch.full((2, 3), coordinate) if value is None else value
+    return Anchor(coordinate, (value, None), torch.zeros(()))
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ def anchor(coordinate: float, probe: torch.Tensor | None = None) -> Anchor:
 def test_the_newest_anchors_stay_oldest_first(most: int, kept: list[float]) -> None:
     state = BranchState()
     for coordinate in (1.0, 2.0, 4.0, 5.0):
-        state.remember(anchor(coordinate), most)
-    assert [a.coordinate for a in state.anchors] == kept
+        state.remember(MODEL, anchor(coordinate), most)
+    assert [a.coordinate for a in state.units[MODEL]] == kept
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,15 @@ def test_no_two_anchors_share_a_coordinate(coordinates: list[float], kept: list[
     """Divided differences would divide by zero."""
     state = BranchState()
     for number, coordinate in enumerate(coordinates):
-        state.remember(anchor(coordinate, torch.tensor([float(number)])), 3)
-    assert [a.coordinate for a in state.anchors] == kept
-    assert state.anchors[-1].probe.item() == len(coordinates) - 1
+        state.remember(MODEL, anchor(coordinate, torch.tensor([float(number)])), 3)
+    assert [a.coordinate for a in state.units[MODEL]] == kept
+    value = state.units[MODEL][-1].values[0]
+    assert value is not None and value.item() == len(coordinates) - 1
 
 
 def test_drop_forgets_features_and_keeps_the_count() -> None:
-    state = BranchState(key="key", previous_probe=torch.zeros(2), gate=GateState(0.5, 2), seen=7)
-    state.remember(anchor(1.0), 2)
+    state = BranchState(key="key", previous=(torch.zeros(2),), gate=GateState(0.5, 2), seen=7)
+    state.remember(MODEL, anchor(1.0), 2)
     state.drop()
     assert list(state.tensors()) == []
     assert (state.gate, state.seen, state.key) == (GateState(), 7, "key")
@@ -54,11 +55,13 @@ def test_drop_forgets_features_and_keeps_the_count() -> None:
 def test_bytes_are_counted_once() -> None:
     run = RunState(0, Clock())
     state = run.branch("transformer", "cond")
-    state.remember(anchor(1.0), 2)
+    state.remember(MODEL, anchor(1.0), 2)
+    assert run.state_bytes() == 4 * 6
+    probe = torch.zeros(5)
+    state.remember_signal(1.0, (probe,), 2)
+    state.previous = (probe,)
     assert run.state_bytes() == 4 * (6 + 5)
-    state.previous_probe = state.anchors[0].probe
-    assert run.state_bytes() == 4 * (6 + 5)
-    state.previous_probe = torch.zeros(10, dtype=torch.bfloat16)
+    state.previous = (torch.zeros(10, dtype=torch.bfloat16),)
     assert run.state_bytes() == 4 * (6 + 5) + 2 * 10
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dit_accel.cache.ranking import Ranking
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
+from dit_accel.cache.signal import PROBE, START, Signal
 from dit_accel.errors import PolicyError
 from dit_accel.settings import Settings, setting
 
@@ -36,27 +40,63 @@ class BlockCache(Settings):
     warmup: int = setting(3, "steps computed at the start of a run (useful: 1 to 8)", minimum=1)
     tail: int = setting(1, "steps computed at the end of a run, where details form (useful: 0 to 4)", minimum=0)
     max_skips: int | None = setting(4, "longest run of skipped steps; null is no limit (useful: 1 to 8)", minimum=0)
-    probe_blocks: int = setting(
-        1, "blocks at the head of the stack that always run (useful: 1 to 4); 0 skips the whole model", minimum=0
+    probe_blocks: int = setting(1, "blocks at the head of the stack that always run (useful: 1 to 4)", minimum=0)
+    scope: Scope = setting(Scope(), "what is skipped as one, and what is remembered of it")
+    signal: Signal = setting(Signal(), "what is compared with its reference")
+    schedule: Schedule = setting(Schedule(), "rules of single methods on top of warmup, tail and max_skips")
+    branches: str = setting(
+        "each", "whether each guidance branch decides for itself, or the first for all", choices=("each", "first")
     )
+    decay: float = setting(
+        1.0, "factor that the threshold falls to at the end of a run (SpeCa); 1 keeps it", minimum=0.0, maximum=1.0
+    )
+    ranking: Ranking | None = setting(
+        None, "unit block: recompute the blocks whose forecast moved farthest while the others are skipped (Sortblock)"
+    )
+    floor: float = setting(0.0, "lowest threshold that the decay leads to", minimum=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold is None and self.max_skips is None:
+        rule = self.schedule
+        bounded = (self.max_skips, rule.interval, rule.mask, rule.unit_masks, rule.calibrate, rule.codebook)
+        if self.threshold is None and all(bound is None for bound in bounded):
             raise PolicyError(
                 "BlockCache.threshold and BlockCache.max_skips are both null, so it would skip for ever; give one."
             )
-
-        if self.probe_blocks == 0 and self.threshold is not None and self.reference != "corrector":
+        gated = self.is_gated
+        if gated and self.signal.known_at == PROBE and (self.scope.is_model or not self.probe_blocks):
             raise PolicyError(
-                f"BlockCache.probe_blocks is 0, so there is no probe to compare with the {self.reference}; give 1 or "
-                "more, the reference 'corrector', or the threshold null."
+                f"BlockCache.signal is {self.signal.of!r}, but there is no probe to compare with the {self.reference}: "
+                "give probe_blocks 1 or more and a unit other than 'model', another signal, the reference 'corrector', "
+                "or the threshold null."
             )
+        if gated and self.scope.is_model and self.signal.known_at != START:
+            raise PolicyError(
+                f"BlockCache.signal is {self.signal.of!r}, which is known inside the model, but the unit 'model' skips "
+                "all of it; give the unit 'stack', or a signal such as 'latent'."
+            )
+        if rule.codebook is not None and self.signal.of != "units":
+            raise PolicyError("Schedule.codebook looks at the signal 'units'; give BlockCache.signal of that kind.")
+        if self.signal.of == "last block" and not self.scope.last_blocks:
+            raise PolicyError("The signal 'last block' needs a last block that runs; give Scope.last_blocks=1 or more.")
 
     @property
     def can_skip(self) -> bool:
         """False where these settings never skip anything, whatever the model does."""
-        return self.threshold != 0.0 and self.max_skips != 0
+        return self.threshold != 0.0 and (self.max_skips != 0 or self.schedule.growth > 0)
+
+    @property
+    def is_gated(self) -> bool:
+        """True where a signal is looked at; else schedule or corrector decide alone."""
+        return self.reference != "corrector" and (self.threshold is not None or self.schedule.codebook is not None)
+
+    def decides_at(self, needs_probe: bool) -> str:
+        """Where in a forward the decision falls. needs_probe: the forecast looks at the probe."""
+        if self.scope.is_model:
+            return START
+        if self.is_gated:
+            return self.signal.known_at
+        return PROBE if needs_probe else START
 
     @property
     def fewest_steps(self) -> int:

@@ -20,6 +20,15 @@ def relative_l1(now: Tensor, reference: Tensor) -> Tensor:
     return mean_absolute(now - reference) / mean_absolute(reference)
 
 
+def elementwise_change(forecast: Tensor, actual: Tensor) -> Tensor:
+    """mean( |forecast - actual| / (|actual| + 1e-10) ), element by element [*] -> [] (SpeCa 2509.11628).
+
+    Elements near 0 weigh heavily, unlike in a ratio of means: hence its threshold as high as 7.
+    """
+    forecast, actual = forecast.float(), actual.float()  # 1e-10 is 0 in fp16
+    return ((forecast - actual).abs() / (actual.abs() + 1e-10)).mean()
+
+
 def finite_flag(tensors: tuple[Tensor, ...]) -> Tensor:
     """[], finite exactly when every element of every tensor [*] is finite; costs no host sync."""
     # vector_norm(t, inf) would do, but takes ten times as long on a CPU (torch 2.13)

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dit_accel.cache.scope import ranges
+from dit_accel.denoiser.arguments import grid_of, latents_in
 from dit_accel.denoiser.clock import TimeArgument
 from dit_accel.denoiser.contract import ContractChanged, Observer, shape_key
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.forward import Forward
+from dit_accel.denoiser.layers import layers_of
 from dit_accel.denoiser.subclass import wrap_instance
+from dit_accel.diffusers_bridge import is_compiled
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.state import RunState
 from dit_accel.stats import RECOMPUTE, StepRecord
@@ -66,6 +70,38 @@ class AttachedDenoiser:
         undo.callback(wrap_instance(self.module, self.session, methods))
         for number, (block, path) in enumerate(self.blocks):
             undo.callback(wrap_instance(block, self.session, {"__call__": self._block_call(number, block, path)}))
+            self._attach_layers(block, undo)
+
+    def _attach_layers(self, block: nn.Module, undo: contextlib.ExitStack) -> None:
+        """Wrap the layers inside a block, where the policy skips these."""
+        cache = self.session.policy.cache
+        if cache is None or self.session.policy.is_exact:
+            return
+        inside = cache.scope.has_layers or cache.signal.of == "modulated"
+        if inside and is_compiled(block):
+            raise UnsupportedModelError(
+                f"Blocks of {self.name} are compiled, so nothing can be decided inside them; compile layers in place "
+                "of the blocks, or give a policy whose unit is 'stack' or 'model' and whose signal is not 'modulated'."
+            )
+        if not cache.scope.has_layers:
+            return
+        for name, (layer, kind) in layers_of(block).items():
+            if cache.scope.skips_layer(kind):
+                undo.callback(wrap_instance(layer, self.session, {"__call__": self._layer_call(name, layer, kind)}))
+
+    def _layer_call(self, name: str, layer: nn.Module, kind: str) -> Callable[..., Any]:
+        plain, attached = type(layer).__call__, self
+
+        @wraps(plain)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            forward = attached.here.forward
+            if forward is None or module is not layer:
+                return plain(module, *args, **kwargs)
+            if forward.observer is not None:
+                return forward.observer.layer(name, kind, lambda: plain(module, *args, **kwargs), args, kwargs)
+            return forward.layer(name, kind, lambda: plain(module, *args, **kwargs))
+
+        return call
 
     def _block_call(self, number: int, block: nn.Module, path: str) -> Callable[..., Any]:
         base, attached = type(block), self
@@ -76,7 +112,12 @@ class AttachedDenoiser:
             forward = attached.here.forward
             if forward is None or module is not block:
                 return plain(module, *args, **kwargs)
-            return forward.block(number, base, path, lambda: plain(module, *args, **kwargs), args, kwargs)
+
+            def run() -> Any:
+                with _watched_norms(module, forward):
+                    return plain(module, *args, **kwargs)
+
+            return forward.block(number, base, path, run, args, kwargs)
 
         return call
 
@@ -116,6 +157,9 @@ class AttachedDenoiser:
             session.check_steps(run)
         key = shape_key((args, kwargs))
         forward = self._forward(run, info, key)
+        forward.latent = latents_in(args, kwargs)
+        if forward.latent is not None and forward.latent.ndim == 3:
+            forward.grid = grid_of(kwargs, forward.latent.shape[1])
         try:
             result = self._run(forward, original, run, key)
         except ContractChanged as change:
@@ -132,7 +176,7 @@ class AttachedDenoiser:
         policy = self.session.policy
         state = run.branch(self.name, info.branch)
         if state.key != key:
-            if state.key is not None and state.anchors:
+            if state.key is not None and state.units:
                 self.session.stats.warn(f"The inputs of {self.name} changed shape within a run; its state was dropped.")
             state.drop()
             state.key = key
@@ -144,12 +188,20 @@ class AttachedDenoiser:
         observer = None
         reason = ""
         if contract is None:
-            observer = Observer(max(cache.probe_blocks, 1), self.meter.read)
+            scope, probe = cache.scope, cache.probe_blocks
+            observer = Observer(probe, self.meter.read, lambda places, progress: ranges(scope, probe, places, progress))
             reason = "observing"
         elif contract.refusal:
             reason = f"refused: {contract.refusal}"
         span = run.control.span if cache.reference == "corrector" else None
-        return Forward(cache, policy.predictor, state, info, contract, observer, self.block_names, span, reason=reason)
+        forward = Forward(
+            cache, policy.predictor, state, info, contract, observer, self.block_names, span, reason=reason
+        )
+        self.session.calibration.equip(forward, self.name)
+        lead = run.leads.get(self.name)
+        if cache.branches == "first" and lead is not None and lead[0] == info.step and lead[1] != info.branch:
+            forward.led = lead[2]
+        return forward
 
     def _plain(self, forward: Forward, decision: str, reason: str) -> Forward:
         """A forward that computes everything."""
@@ -192,6 +244,7 @@ class AttachedDenoiser:
     def _learn(self, observer: Observer, run: RunState, key: Any) -> None:
         contract = observer.contract()
         run.contracts[self.name, key] = contract
+        self.meter.layers.setdefault(key, observer.layer_flops(contract))
         self.meter.keep(
             key, [call.flops for call in observer.calls], [call.block for call in observer.calls], self.blocks
         )
@@ -203,16 +256,28 @@ class AttachedDenoiser:
                     "remove the cache from the policy, or apply it with strict=False to compute everything."
                 )
             self.session.stats.warn(f"{self.name} is always computed: {contract.refusal}.")
+        cache = self.session.policy.cache
+        if contract.refusal is None and cache is not None and cache.scope.has_layers and not contract.layers:
+            kind = "" if cache.scope.unit == "layers" else f"{cache.scope.unit} "
+            raise UnsupportedModelError(
+                f"The policy skips {kind}layers, but none were found in the blocks of {type(self.module).__name__}; "
+                "give the unit 'block' or 'stack'."
+            )
 
     def _record(self, run: RunState, forward: Forward, key: Any, seconds: float) -> None:
         stats = self.session.stats
         symbols = "".join(forward.symbols)
         flops, total = self.meter.of(key, symbols)
-        if forward.skipping and forward.cache is not None and not forward.cache.probe_blocks:
+        scope = None if forward.cache is None else forward.cache.scope
+        if forward.skipping and scope is not None and scope.is_model:
             flops = 0  # nothing of the model ran, its embeddings neither
+        elif scope is not None and scope.has_layers:
+            flops, total = self.meter.without_layers(key, forward.skipped_layers)
         stats.flops_source = self.meter.source if total else stats.flops_source
         stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
         run.decide(forward.decision, self.name)
+        if forward.verdict is not None and forward.led is None:
+            run.leads[self.name] = (forward.info.step, forward.info.branch, forward.verdict)
         stats.state_bytes = max(stats.state_bytes, run.state_bytes())
         record = StepRecord(
             run=run.number,
@@ -233,3 +298,18 @@ class AttachedDenoiser:
             flops_total=total,
         )
         self.session.record(record)
+
+
+@contextlib.contextmanager
+def _watched_norms(block: nn.Module, forward: Forward) -> Iterator[None]:
+    """Let the first norm of the first block decide, where it is what the policy looks at."""
+    if not forward.waits_for_norm:
+        yield
+        return
+    norms = [child for name, child in block.named_children() if "norm" in name]
+    handles = [norm.register_forward_hook(lambda m, a, result: forward.after_norm(result)) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

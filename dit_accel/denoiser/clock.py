@@ -11,7 +11,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +22,18 @@ _MOST_CALLS_A_STEP = 8
 
 @dataclass(frozen=True)
 class StepInfo:
-    """step: from 0; remaining: steps to come including this one, `None` if unknown; sigma: noise level, if known."""
+    """step: from 0; remaining: steps to come including this one, `None` if unknown; sigma: noise level, if known; time:
+    the scheduler's time step, 1000 to 0, if known."""
 
     step: int
     branch: str
     remaining: int | None
     sigma: float | None
+    time: float | None = field(default=None, compare=False)
+
+    def coordinate(self, kind: str) -> float:
+        """Where the step lies on an axis; the step's number where the noise level is not known."""
+        return self.sigma if kind == "sigma" and self.sigma is not None else float(self.step)
 
 
 class Clock:
@@ -43,6 +49,7 @@ class Clock:
         self.time: float | None = None
         self.timesteps: Any = None
         self.sigmas: list[float] | None = None
+        self.times: list[float] = []
         self.total: int | None = steps
 
     def tick(self) -> None:
@@ -75,7 +82,8 @@ class Clock:
         name = branch if context and number == 0 else f"{branch} {number}"
         remaining = None if self.total is None else self.total - self.step
         sigma = self.sigmas[self.step] if self.sigmas and self.step < len(self.sigmas) else None
-        return StepInfo(self.step, name, remaining, sigma)
+        time_step = self.times[self.step] if self.step < len(self.times) else None
+        return StepInfo(self.step, name, remaining, sigma, time_step)
 
     def _moved(self, time: Any) -> bool:
         """True where the time argument differs from the last call's; reads a device only when no scheduler ticks."""
@@ -104,6 +112,7 @@ class Clock:
         self.total = count - begin if self.given_steps is None else self.given_steps
         levels = noise_levels(self.scheduler)
         self.sigmas = levels[begin:] if levels is not None else None
+        self.times = [float(time) for time in times.tolist()[begin:]]
 
 
 def noise_levels(scheduler: Any) -> list[float] | None:

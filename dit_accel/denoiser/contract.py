@@ -7,14 +7,16 @@ whose middle may be skipped. A refused contract says why, and the denoiser is th
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.cache.scope import Range
 from dit_accel.diffusers_bridge import tensor_version
 
 Key = int | str  # where an argument stands: position or keyword
@@ -29,25 +31,76 @@ class Contract:
     """How the blocks of one denoiser are called for inputs of one shape.
 
     sequence: block numbers in call order; stack: positions in `sequence` that belong to the stack, in order;
-    probe: how many of them run on every step; passes: for each position between probe and tail, the argument that each
-    output repeats (`None` for an output that is `None`); stream: output of the probe that the indicator looks at, and
-    the argument of the head that it continues; residual_from: for each output of the tail, the output of the last probe
-    block that it is a residual to, or `None` for an absolute value; tail_structured: the tail returns a tuple; refusal:
-    why nothing can be skipped.
+    probe: how many of them run on every step; skippable: (share of the run that is over) -> ranges of places in the
+    stack that may be skipped; roles: for each position of the stack, the argument that each output continues (`None`
+    for one that continues none); structured: positions that return a tuple; stream: output of the probe that the
+    indicator looks at, and the argument of the head that it continues; owners: the list that each place's block
+    belongs to; written_between: the model writes into outputs of blocks; layers: (place, name) -> kind of the layers
+    inside blocks that may be skipped; refusal: why nothing can be skipped.
     """
 
     sequence: tuple[int, ...]
     stack: tuple[int, ...] = ()
     probe: int = 1
-    passes: Mapping[int, tuple[Key | None, ...] | Key] | None = None
+    skippable: Callable[[float], tuple[Range, ...]] = lambda progress: ()
+    roles: Mapping[int, tuple[Key | None, ...]] = field(default_factory=dict)
+    structured: frozenset[int] = frozenset()
     stream: tuple[int, Key] = (0, 0)
-    residual_from: tuple[int | None, ...] = ()
-    tail_structured: bool = False
+    owners: tuple[str, ...] = ()
+    written_between: bool = False
+    layers: Mapping[tuple[int, str], str] = field(default_factory=dict)
     refusal: str | None = None
 
     @cached_property
-    def stack_set(self) -> frozenset[int]:
-        return frozenset(self.stack)
+    def places(self) -> dict[int, int]:
+        """Position in `sequence` -> place in the stack."""
+        return {position: place for place, position in enumerate(self.stack)}
+
+    def ranges(self, progress: float) -> tuple[Range, ...]:
+        """Ranges of places that may be skipped at this share of the run."""
+        return self.skippable(progress)
+
+    def entry(self, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
+        """What goes into a block, in the order of its outputs; `None` for an output that continues none of it."""
+        try:
+            return tuple(None if key is None else argument(key, args, kwargs) for key in self.roles[position])
+        except (IndexError, KeyError):
+            raise ContractChanged(f"block call {position} lacks the argument that it had") from None
+
+    def is_structured(self, one: Range) -> bool:
+        """True where the last block of a range returns a tuple."""
+        return self.stack[one[1]] in self.structured
+
+    def residuals(self, one: Range, carrier: str = "residual") -> tuple[bool, ...]:
+        """For each output of a range's last block: is its residual to what goes into the range kept, or itself?"""
+        first, last = (self.roles[self.stack[place]] for place in one)
+        same = self.is_structured(one) == (self.stack[one[0]] in self.structured)
+        possible = carrier == "residual" and same and not self.written_between
+        return tuple(
+            possible and key is not None and number < len(first) and first[number] is not None
+            for number, key in enumerate(last)
+        )
+
+    def values(
+        self, one: Range, entry: tuple[Tensor | None, ...], outputs: tuple[Any, ...], carrier: str
+    ) -> tuple[Tensor | None, ...]:
+        """What is remembered of a range that has run. entry: what went into it; outputs: of its last block."""
+        kept: list[Tensor | None] = []
+        for number, (output, residual) in enumerate(zip(outputs, self.residuals(one, carrier))):
+            before = entry[number] if residual else None
+            if output is None:
+                kept.append(None)
+            elif before is None or before.shape != output.shape:
+                kept.append(output.clone())  # the model may go on to write into its own tensor
+            else:
+                kept.append(output - before)
+        return tuple(kept)
+
+    def side_tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Floating-point arguments of the first block that no output continues: embeddings of time and text."""
+        streams = set(self.roles[self.stack[0]])
+        pairs = [*enumerate(args), *kwargs.items()]
+        return tuple(v for k, v in pairs if k not in streams and isinstance(v, Tensor) and v.is_floating_point())
 
     @property
     def head(self) -> int:
@@ -63,14 +116,8 @@ class Contract:
 
     def pass_through(self, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a skipped block returns: its own inputs, in the structure of its outputs."""
-        assert self.passes is not None
-        keys = self.passes[position]
-        try:
-            if isinstance(keys, tuple):
-                return tuple(None if key is None else argument(key, args, kwargs) for key in keys)
-            return argument(keys, args, kwargs)
-        except (IndexError, KeyError):
-            raise ContractChanged(f"block call {position} lacks the argument that it had") from None
+        entry = self.entry(position, args, kwargs)
+        return entry if position in self.structured else entry[0]
 
 
 def argument(key: Key, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -115,8 +162,17 @@ class _Call:
 class Observer:
     """Watches one computed forward and writes the contract."""
 
-    def __init__(self, probe_blocks: int, flops_so_far: Callable[[], int]):
-        self.probe_blocks, self.flops_so_far = probe_blocks, flops_so_far
+    def __init__(
+        self,
+        probe_blocks: int,
+        flops_so_far: Callable[[], int],
+        ranges: Callable[[int, float], tuple[Range, ...]] | None = None,
+    ):
+        """ranges: (blocks of the stack, share of the run that is over) -> ranges that may be skipped; default: all
+        behind the probe as one."""
+        self.probe_blocks, self.flops_so_far = max(probe_blocks, 1), flops_so_far
+        self.ranges = ranges or (lambda places, progress: ((probe_blocks, places - 1),))
+        self.layers: list[tuple[int, str, str, bool, int]] = []  # call, name, kind, may be skipped, FLOPs
         self.calls: list[_Call] = []
         self.links: list[dict[Key, tuple[int, int]]] = []  # per call: argument -> (earlier call, output) it came from
         self.written_between = False  # code between blocks writes into their outputs in place
@@ -140,6 +196,19 @@ class Observer:
         outputs = [_Seen.of(v) if isinstance(v, Tensor) else None for v in values]
         structured = isinstance(result, (tuple, list))
         self.calls.append(_Call(block, kind, owner, inputs, outputs, structured, problem, self.flops_so_far() - start))
+        return result
+
+    def layer(self, name: str, kind: str, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Run one layer inside the block that is running, and note whether its output could stand in for it."""
+        start, versions = self.flops_so_far(), [tensor_version(v) for v in [*args, *kwargs.values()] if _is_float(v)]
+        result = run()
+        given = [value for value in [*args, *kwargs.values()] if _is_float(value)]
+        made = outputs_of(result)
+        fits = all(isinstance(v, Tensor) or v is None for v in made) and any(isinstance(v, Tensor) for v in made)
+        if kind == "mlp":  # a norm with an embedding takes two tensors, an embedding itself has no tokens
+            fits = fits and len(given) == 1 and given[0].ndim >= 3 and isinstance(result, Tensor) and result.ndim >= 3
+        fits = fits and versions == [tensor_version(value) for value in given]
+        self.layers.append((len(self.calls), name, kind, fits, self.flops_so_far() - start))
         return result
 
     def _link(self, inputs: dict[Key, _Seen], values: dict[Key, Any]) -> None:
@@ -166,6 +235,7 @@ class Observer:
             return _refuse(base, "no block was called")
         roles = [self._roles(number) for number in range(len(self.calls))]
         stack = max(self._chains(roles), key=lambda chain: (len(chain), sum(self.calls[p].flops for p in chain)))
+        possible = self._skippable(len(stack))
         needed = self.probe_blocks + 2
         if len(stack) < needed:
             return _refuse(base, f"the longest stack has {len(stack)} blocks, {needed} are needed to skip any")
@@ -173,8 +243,7 @@ class Observer:
             call = self.calls[position]
             if call.problem:
                 return _refuse(base, f"{call.kind.__name__} in {call.owner} {call.problem}")
-        middle = stack[self.probe_blocks : -1]
-        for position in middle:
+        for position in sorted({stack[place] for one in possible for place in range(one[0], one[1])}):
             if any(
                 out is not None and role is None for out, role in zip(self.calls[position].outputs, roles[position])
             ):
@@ -182,22 +251,39 @@ class Observer:
                 return _refuse(
                     base, f"{call.kind.__name__} in {call.owner} returns something that is none of its inputs"
                 )
-        passes: dict[int, tuple[Key | None, ...] | Key] = {}
-        for position in middle:
-            role = roles[position]
-            passes[position] = tuple(role) if self.calls[position].structured else role[0]  # type: ignore[assignment]
         stream = self._stream(stack, roles)
         if stream is None:
             return _refuse(base, "no output of the probe block continues one of its inputs")
+        places = {position: place for place, position in enumerate(stack)}
         return Contract(
             sequence,
             tuple(stack),
             self.probe_blocks,
-            passes,
+            lambda progress: self.ranges(len(stack), progress),
+            {position: tuple(roles[position]) for position in stack},
+            frozenset(position for position in stack if self.calls[position].structured),
             stream,
-            self._residuals(stack),
-            self.calls[stack[-1]].structured,
+            tuple(self.calls[position].owner for position in stack),
+            self.written_between,
+            self._layers(places),
         )
+
+    def _skippable(self, places: int) -> set[Range]:
+        return {one for progress in (0.0, 1.0) for one in self.ranges(places, progress)}
+
+    def _layers(self, places: Mapping[int, int]) -> dict[tuple[int, str], str]:
+        """Layers that may be skipped: those that ran once in their block, and whose output can stand in for them."""
+        count = Counter((call, name) for call, name, *_ in self.layers)
+        return {
+            (places[call], name): kind
+            for call, name, kind, fits, _ in self.layers
+            if fits and call in places and count[call, name] == 1
+        }
+
+    def layer_flops(self, contract: Contract) -> dict[tuple[int, str], int]:
+        """FLOPs of the layers that may be skipped."""
+        flops = {(contract.places.get(call), name): flops for call, name, _, _, flops in self.layers}
+        return {key: flops[key] for key in contract.layers}
 
     def _roles(self, number: int) -> list[Key | None]:
         """For each output of a call, the argument that it continues.
@@ -270,16 +356,6 @@ class Observer:
                 best, size = (position, role), out.shape.numel()
         return best
 
-    def _residuals(self, stack: list[int]) -> tuple[int | None, ...]:
-        head, tail = self.calls[stack[self.probe_blocks - 1]], self.calls[stack[-1]]
-        if self.written_between or head.structured != tail.structured:
-            return tuple(None for _ in tail.outputs)
-        sources: list[int | None] = []
-        for position, out in enumerate(tail.outputs):
-            before = head.outputs[position] if position < len(head.outputs) else None
-            sources.append(position if out is not None and before is not None and before.like(out) else None)
-        return tuple(sources)
-
 
 def _same_size(a: _Seen, b: _Seen) -> bool:
     return a.shape.numel() == b.shape.numel() and a.shape[-1] == b.shape[-1]
@@ -318,3 +394,7 @@ def shape_key(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(shape_key(item) for item in value)
     return value if isinstance(value, (bool, str)) or value is None else type(value).__name__
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dit_accel.diffusers_bridge import hides_from_counters
-from dit_accel.stats import COMPUTE, RECOMPUTE, SYMBOLS
+from dit_accel.stats import COMPUTE, PARTLY, RECOMPUTE, SYMBOLS
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -55,6 +55,7 @@ class FlopMeter:
     def __init__(self, module: nn.Module):
         self.module = module
         self.tables: dict[Any, tuple[int, tuple[int, ...]]] = {}  # key -> FLOPs of the forward, and of each block call
+        self.layers: dict[Any, Mapping[tuple[int, str], int]] = {}  # key -> FLOPs of the layers inside blocks
         self.source = "parameters" if hides_from_counters(module) else "measured"
         self._counter: _Counter | None = None
         self._total = 0
@@ -100,5 +101,10 @@ class FlopMeter:
         total, flops = self.tables[key]
         if len(flops) != len(symbols):
             return total, total
-        ran = (SYMBOLS[COMPUTE], SYMBOLS[RECOMPUTE])
+        ran = (SYMBOLS[COMPUTE], SYMBOLS[RECOMPUTE], SYMBOLS[PARTLY])
         return total - sum(f for f, symbol in zip(flops, symbols) if symbol not in ran), total
+
+    def without_layers(self, key: Any, skipped: Sequence[tuple[int, str]]) -> tuple[int, int]:
+        """FLOPs made and FLOPs of the plain forward, for a call in which these layers did not run."""
+        total, _ = self.tables.get(key, (0, ()))
+        return total - sum(self.layers.get(key, {}).get(layer, 0) for layer in skipped), total

@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dit_accel.forecast.chebyshev import blended_weights
+from dit_accel.forecast.evidence import Evidence as Evidence
+from dit_accel.forecast.evidence import aligned_weights, regressed_weights
+from dit_accel.forecast.foca import HORIZON, foca_weights
 from dit_accel.forecast.hermite import hermite_weights
 from dit_accel.forecast.settings import Forecast
-from dit_accel.forecast.weights import damped_weights, reuse_weights, taylor_weights
+from dit_accel.forecast.weights import damped_weights, reuse_weights, table_weights, taylor_weights
 
 Limits = tuple[float, float]  # coordinates of the first and the last step of a run
 UNIT: Limits = (0.0, 1.0)
 
-WEIGHTS: dict[str, Callable[[Forecast, Sequence[float], float, Limits], list[float]]] = {
-    "reuse": lambda forecast, u, v, limits: reuse_weights(u, v),
-    "newton": lambda forecast, u, v, limits: damped_weights(u, v, forecast.order, forecast.damping),
-    "taylor": lambda forecast, u, v, limits: taylor_weights(u, v, forecast.order),
-    "hermite": lambda forecast, u, v, limits: hermite_weights(u, v, forecast.order, forecast.scale),
-    "chebyshev": lambda forecast, u, v, limits: blended_weights(
-        u, v, forecast.order, forecast.ridge, limits, forecast.blend
+
+@dataclass(frozen=True)
+class Asked:
+    """What a predictor is told. u: coordinates of the anchors, oldest first, all different; v: the one asked for;
+    order: degree; limits: the ends of the run, which Chebyshev's polynomials are stretched to; evidence: the probe, for
+    predictors that look at it; step: its number."""
+
+    u: Sequence[float]
+    v: float
+    order: int
+    limits: Limits = UNIT
+    evidence: Evidence | None = None
+    step: int = 0
+
+
+def _foca(forecast: Forecast, asked: Asked) -> list[float]:
+    return foca_weights(asked.u, asked.v, HORIZON if forecast.coordinate == "step" else None)
+
+
+def _newton(forecast: Forecast, asked: Asked) -> list[float]:
+    return damped_weights(asked.u, asked.v, asked.order, forecast.damping)
+
+
+WEIGHTS: dict[str, Callable[[Forecast, Asked], list[float]]] = {
+    "reuse": lambda forecast, asked: reuse_weights(asked.u, asked.v),
+    "newton": _newton,
+    "taylor": lambda forecast, asked: taylor_weights(asked.u, asked.v, asked.order),
+    "hermite": lambda forecast, asked: hermite_weights(asked.u, asked.v, asked.order, forecast.scale),
+    "chebyshev": lambda forecast, asked: blended_weights(
+        asked.u, asked.v, asked.order, forecast.ridge, asked.limits, forecast.blend
     ),
+    "foca": _foca,
+    "aligned": lambda forecast, asked: aligned_weights(asked.u, asked.evidence),
+    "regressed": lambda forecast, asked: regressed_weights(_newton(forecast, asked), asked.evidence, forecast.ridge),
+    "learned": lambda forecast, asked: table_weights(forecast.table or (), asked.step, len(asked.u)),
 }
 
 
-def weights_for(forecast: Forecast, u: Sequence[float], v: float, limits: Limits = UNIT) -> list[float]:
-    """Weights of the anchors at coordinates u (oldest first, all different) for a value at v.
-
-    limits: the ends of the run, which Chebyshev's polynomials are stretched to.
-    """
-    return WEIGHTS[forecast.predictor](forecast, u, v, limits)
+def weights_for(
+    forecast: Forecast,
+    u: Sequence[float],
+    v: float,
+    limits: Limits = UNIT,
+    evidence: Evidence | None = None,
+    step: int = 0,
+    order: int | None = None,
+) -> list[float]:
+    """Weights of the anchors at coordinates u (oldest first, all different) for a value at v; see `Asked`."""
+    degree = forecast.order if order is None else order
+    return WEIGHTS[forecast.predictor](forecast, Asked(u, v, degree, limits, evidence, step))
 
 
 def combine(weights: Sequence[float], anchors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_accel.errors import PolicyError
+from dit_accel.errors import PolicyError, shown
 from dit_accel.settings import Settings, setting
 
-PREDICTORS = ("reuse", "newton", "taylor", "hermite", "chebyshev")
+PREDICTORS = ("reuse", "newton", "taylor", "hermite", "chebyshev", "foca", "aligned", "regressed", "learned")
 COORDINATES = ("step", "sigma")
 # Settings that one predictor alone reads, with the value that leaves it as it is published.
-_OWN = {"damping": ("newton", 0.0), "scale": ("hermite", 0.5), "ridge": ("chebyshev", 0.1), "blend": ("chebyshev", 1.0)}
+_OWN: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "damping": (("newton", "regressed"), 0.0),
+    "scale": (("hermite",), 0.5),
+    "ridge": (("chebyshev", "regressed"), 0.1),
+    "blend": (("chebyshev",), 1.0),
+    "table": (("learned",), None),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Forecast(Settings):
     predictor: str = setting(
         "newton",
         "reuse: the last residual; newton: divided differences; taylor: TaylorSeer's formula as published; "
-        "hermite: HiCache; chebyshev: Spectrum",
+        "hermite: HiCache; chebyshev: Spectrum; foca: FoCa; aligned: DiCache's, from the probe; regressed: ours, from "
+        "probe and time; learned: a table of weights",
         choices=PREDICTORS,
     )
     order: int = setting(
@@ -45,9 +52,17 @@ class Forecast(Settings):
     scale: float = setting(
         0.5, "hermite: scale of the polynomials; smaller shrinks the forecast towards reuse", minimum=0.0, maximum=2.0
     )
-    ridge: float = setting(0.1, "chebyshev: weight of the penalty on coefficients (useful: 0.01 to 1)", minimum=0.0)
+    ridge: float = setting(
+        0.1,
+        "chebyshev: weight of the penalty on coefficients (useful: 0.01 to 1); regressed: pull to the polynomial in "
+        "time (useful: 0.0001 to 0.1)",
+        minimum=0.0,
+    )
     blend: float = setting(
         1.0, "chebyshev: its share; the rest is a straight line through the last two", minimum=0.0, maximum=1.0
+    )
+    table: tuple[tuple[float, ...], ...] | None = setting(
+        None, "learned: a row for each step, weights of the newest residuals, oldest first"
     )
     corrector: int = setting(
         0,
@@ -62,16 +77,27 @@ class Forecast(Settings):
             raise PolicyError(
                 f"Forecast.order is {self.order} with the predictor 'reuse', which has no order; give 'newton'."
             )
-        for name, (owner, default) in _OWN.items():
-            if self.predictor != owner and getattr(self, name) != default:
+        for name, (owners, default) in _OWN.items():
+            if self.predictor not in owners and getattr(self, name) != default:
                 raise PolicyError(
-                    f"Forecast.{name} is {getattr(self, name):g} with the predictor {self.predictor!r}, which does not "
-                    f"read it; leave it out, or give the predictor {owner!r}."
+                    f"Forecast.{name} is {shown(getattr(self, name))} with the predictor {self.predictor!r}, which "
+                    f"does not read it; leave it out, or give the predictor {' or '.join(map(repr, owners))}."
                 )
+        if self.predictor == "learned" and not self.table:
+            raise PolicyError("Forecast.predictor is 'learned' without a table; train one, or give another predictor.")
 
     @property
     def anchors(self) -> int:
         """Residuals kept in memory."""
         if self.predictor == "reuse":
             return 1
+        if self.predictor == "learned":
+            return max(len(row) for row in self.table or ((),))
+        if self.predictor in ("foca", "aligned"):
+            return 3 if self.predictor == "foca" else 2
         return self.order + 1 if self.history is None else self.history
+
+    @property
+    def needs_signal(self) -> bool:
+        """True for predictors that look at the probe, now and at the anchors."""
+        return self.predictor in ("aligned", "regressed")

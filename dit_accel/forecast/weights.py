@@ -73,3 +73,14 @@ def taylor_differences(u: Sequence[float], order: int) -> list[list[float]]:
             table.append([(a - b) / gap for a, b in zip(table[k], before[k])])
         tables.append(table)
     return tables[-1]
+
+
+def table_weights(table: Sequence[Sequence[float]], step: int, count: int) -> list[float]:
+    """Weights that were learned for each step (L2P 2604.26365), for the newest anchors, oldest of them first.
+
+    Past the table's end its last row is taken; where fewer anchors are there than a row asks for, the newest is reused.
+    """
+    row = table[min(step, len(table) - 1)] if table else ()
+    if not row or len(row) > count:
+        return reuse_weights([0.0] * count, 0.0)
+    return [0.0] * (count - len(row)) + [float(weight) for weight in row]

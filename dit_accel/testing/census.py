@@ -81,9 +81,10 @@ def _carrier(session: Session) -> str:
     run: RunState | None = session.active_run()
     assert run is not None
     contract = next(iter(run.contracts.values()))
-    values = next(iter(run.branches.values())).anchors[-1].values
-    kinds = zip(values, contract.residual_from)
-    return ", ".join("none" if v is None else "absolute" if source is None else "residual" for v, source in kinds)
+    (one,) = contract.ranges(0.0)
+    values = next(iter(run.branches.values())).units[one][-1].values
+    kinds = zip(values, contract.residuals(one))
+    return ", ".join("none" if v is None else "residual" if residual else "absolute" for v, residual in kinds)
 
 
 def row(name: str) -> str:

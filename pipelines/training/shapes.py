@@ -1,7 +1,7 @@
 """Moving shapes: a seeded, procedural video data set, "a red circle moving left on a black background".
 
-5 shapes x 8 colours x 4 directions x 3 backgrounds; radius 7 to 9 pixels of 32, speed 0.5 to 0.85 pixels a frame,
-antialiased.
+5 shapes x 8 colours x 4 directions x 3 backgrounds, each with a border; radius 8 to 10 pixels of 48, speed 2 to 3
+pixels a frame, antialiased.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ CAPTIONS = tuple(
     for d in DIRECTIONS
     for b in BACKGROUNDS
 )
-SIZE = 32  # pixels a side
-FRAMES = 17  # 4 k + 1, as the autoencoder of Wan encodes them
+SIZE = 48  # pixels a side
+BORDER = 4  # pixels, of the colour of the background that has most contrast to it: says where a token lies
+FRAMES = 9  # 4 k + 1, as the autoencoder of Wan encodes them
 TEXT_LENGTH = 12  # tokens: 9 words, begin and end, one to spare
 
 
 @dataclass(frozen=True)
 class Clips:
-    """videos [B, 3, F, 32, 32] in [-1, 1]; indices into SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, CAPTIONS [B]."""
+    """videos [B, 3, F, 48, 48] in [-1, 1]; indices into SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, CAPTIONS [B]."""
 
     videos: Tensor
     shape: Tensor
@@ -59,6 +60,12 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return every.gather(0, shape.view(1, -1, *[1] * (x.ndim - 1)).expand(1, *x.shape))[0]
 
 
+def _is_border() -> Tensor:
+    """[48, 48], true at the border."""
+    edge = (torch.arange(SIZE) - (SIZE - 1) / 2).abs() > SIZE / 2 - BORDER
+    return edge[:, None] | edge[None, :]
+
+
 def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None) -> Clips:
     """Draw clips of FRAMES frames, in which a shape stays inside the picture, and of each `frames` in a row.
 
@@ -68,8 +75,8 @@ def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None 
     colour = torch.randint(len(COLOURS), (batch,), generator=rng)
     direction = torch.randint(len(DIRECTIONS), (batch,), generator=rng)
     ground = torch.randint(len(BACKGROUNDS), (batch,), generator=rng)
-    radius = 7 + 2 * torch.rand(batch, generator=rng)
-    speed = 0.5 + 0.35 * torch.rand(batch, generator=rng)
+    radius = 8 + 2 * torch.rand(batch, generator=rng)
+    speed = 2 + torch.rand(batch, generator=rng)
     place = torch.rand(batch, 2, generator=rng)
     velocity = torch.tensor(list(DIRECTIONS.values()))[direction] * speed[:, None]
     journey = velocity * (FRAMES - 1)
@@ -86,6 +93,7 @@ def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None 
     coverage = (inside(shape, x, y, radius.view(-1, 1, 1, 1)) + 0.5).clamp(0, 1)[:, None]
     paint = torch.tensor(list(COLOURS.values()))[colour].view(batch, 3, 1, 1, 1)
     paper = torch.tensor(list(BACKGROUNDS.values()))[ground].view(batch, 3, 1, 1, 1)
+    paper = torch.where(_is_border(), paper.lerp(0.9 - 0.8 * paper.round(), 0.5), paper)
     videos = (coverage * paint + (1 - coverage) * paper) * 2 - 1
     caption = ((shape * len(COLOURS) + colour) * len(DIRECTIONS) + direction) * len(BACKGROUNDS) + ground
     return Clips(videos, shape, colour, direction, ground, caption)

@@ -13,7 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dit_accel.cache.block_cache import BlockCache
 from dit_accel.cache.methods.mask import Mask, best_path, mask_of
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
 from dit_accel.errors import PolicyError
 
 
@@ -89,3 +92,18 @@ def _check_names(order: Sequence[str], named: Mapping[str, Collection[str]]) -> 
     for what, names in named.items():
         if unknown := sorted(set(names) - set(order)):
             raise PolicyError(f"BAC got {what} for {unknown[0]!r}, which is not in the order; name only its modules.")
+
+
+def cache(share: float = 0.3) -> BlockCache:
+    """share: of the steps at which a layer is computed, before the bubbling union adds to it (S = 10 of 100 in the
+    paper, on a task whose episodes are alike). The first run computes everything and measures; later ones go by its
+    masks."""
+    return BlockCache(
+        None,
+        warmup=1,
+        tail=0,
+        max_skips=None,
+        probe_blocks=0,
+        scope=Scope("layers"),
+        schedule=Schedule(calibrate="bac", budget=share),
+    )

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.cache.block_cache import BlockCache
 from dit_accel.cache.methods.mask import Mask, check_budget, mask_of
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
 from dit_accel.errors import PolicyError
+from dit_accel.forecast.settings import Forecast
 from dit_accel.forecast.weights import newton_weights
 
 Weights = Callable[
@@ -117,3 +121,21 @@ def _cheapest(table: list[list[list[float]]], paths: Iterable[tuple[float, Path]
     if value == INFINITY:
         raise PolicyError("Every DPCache schedule of this length costs infinity; calibrate on finite features.")
     return mask_of(path, steps)
+
+
+def cache(share: float = 0.28) -> BlockCache:
+    """share: of the steps that are computed. The first run computes everything and measures; later ones go by its
+    mask."""
+    return BlockCache(
+        None,
+        warmup=3,
+        tail=0,
+        max_skips=None,
+        scope=Scope("model", "output"),
+        schedule=Schedule(calibrate="dpcache", budget=share),
+    )
+
+
+def forecast() -> Forecast:
+    """The predictor of the cost: a line through both anchors."""
+    return Forecast("newton", 1)

@@ -6,24 +6,22 @@ nothing is warmed up, no last step is guarded, and both branches of guidance do 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class ForaSettings:
-    """interval: N; 1 never skips."""
-
-    interval: int = 3
-
+from dit_accel.cache.block_cache import BlockCache
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
 
 # Rows of the tables in TaylorSeer's paper; the authors' own README runs DiT with an interval of 3.
-PUBLISHED: dict[str, tuple[ForaSettings, ...]] = {
-    "dit-xl": (ForaSettings(3), ForaSettings(5)),
-    "flux": (ForaSettings(3), ForaSettings(6)),
-    "hunyuan-video": (ForaSettings(5),),
-}
+PUBLISHED_INTERVALS = {"dit-xl": (3, 5), "flux": (3, 6), "hunyuan-video": (5,)}
 
 
-def decide(settings: ForaSettings, step: int) -> bool:
-    """Compute this step? step counts the steps of the run from 0. There is no state."""
-    return step % settings.interval == 0
+def cache(interval: int = 3) -> BlockCache:
+    """interval: N; 1 never skips."""
+    return BlockCache(
+        None,
+        warmup=1,
+        tail=0,
+        max_skips=interval - 1,
+        probe_blocks=0,
+        scope=Scope("layers"),
+        schedule=Schedule(interval=interval),
+    )

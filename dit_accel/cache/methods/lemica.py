@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dit_accel.cache.block_cache import BlockCache
 from dit_accel.cache.methods.mask import Mask, best_path, mask_of
+from dit_accel.cache.schedule import Schedule
 
 EdgeCosts = Sequence[Sequence[float]]
 
@@ -60,3 +62,16 @@ def limit_skips(cost: EdgeCosts, longest: int) -> list[list[float]]:
 
 def _with_edge(edges: tuple[float, ...], edge: float) -> tuple[float, ...]:
     return tuple(sorted((*edges, edge), reverse=True))
+
+
+def cache(share: float = 0.5, kind: str = "lemica") -> BlockCache:
+    """share: of the steps that are computed; kind: "lemica" or "cem". The first run computes everything and measures
+    the reuse errors of the stack's residual (LeMiCa itself measures whole runs); later ones go by its mask."""
+    return BlockCache(
+        None,
+        warmup=1,
+        tail=0,
+        max_skips=None,
+        probe_blocks=0,
+        schedule=Schedule(calibrate=kind, budget=share),
+    )

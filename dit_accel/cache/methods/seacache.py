@@ -7,39 +7,14 @@ paper, extrapolated linearly in diffusers' version. Guidance: a state of its own
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from dit_accel.cache.indicator import relative_l1
+from dit_accel.cache.block_cache import BlockCache
+from dit_accel.cache.signal import Signal
+from dit_accel.forecast.settings import Forecast
 
 TINY = 1e-16
-
-
-@dataclass(frozen=True)
-class SeaCacheSettings:
-    """Defaults of diffusers 0.42. max_skips: longest run of skipped steps, 0 for no limit.
-
-    power: p of the spectrum; the authors use 3 for video, and 2 is the default of their filter (its use on FLUX was
-    not seen). Their own scripts set no limit on the run.
-    """
-
-    threshold: float = 0.25
-    power: float = 3.0
-    retention: int = 1
-    end: int = 1
-    max_skips: int = 2
-
-
-@dataclass(frozen=True)
-class SeaCacheState:
-    """accumulated: sum of the changes since the last computed step; step: the step that was judged last."""
-
-    accumulated: float = 0.0
-    skips: int = 0
-    step: int | None = None
 
 
 PUBLISHED_THRESHOLDS = {"flux": (0.3, 0.6), "hunyuan-video": (0.2,)}
@@ -72,25 +47,21 @@ def sea_filter(latent: Tensor, sigma: float, power: float) -> Tensor:
     return torch.fft.ifftn(filtered, dim=axes).real
 
 
-def distance(now: Tensor, before: Tensor) -> Tensor:
-    """Mean over the samples of the relative L1 between two filtered latents [B, C, (T,) H, W] -> []."""
-    return torch.stack([relative_l1(a, b) for a, b in zip(now, before)]).mean()
+def cache(threshold: float = 0.25, power: float = 3.0, max_skips: int | None = 2) -> BlockCache:
+    """Defaults of diffusers 0.42. power: p of the spectrum; the authors use 3 for video, and 2 is the default of their
+    filter (its use on FLUX was not seen). Their own scripts set no limit on the run."""
+    return BlockCache(
+        threshold,
+        "previous",
+        accumulate=True,
+        warmup=1,
+        tail=1,
+        max_skips=max_skips,
+        probe_blocks=0,
+        signal=Signal("spectral", power=power),
+    )
 
 
-def decide(
-    settings: SeaCacheSettings, state: SeaCacheState, change: float | None, step: int, steps: int | None
-) -> tuple[bool, SeaCacheState]:
-    """Compute this step? change: `distance` to the step before, computed or not; `None` without one.
-
-    A step that does not follow the last one judged is computed, as is all that `retention` and `end` ask for.
-    """
-    computed = SeaCacheState(step=step)
-    forced = step < settings.retention or (steps is not None and step >= steps - settings.end)
-    longest = settings.max_skips > 0 and state.skips >= settings.max_skips
-    adjacent = state.step is not None and step == state.step + 1
-    if forced or longest or not adjacent or change is None or not math.isfinite(change):
-        return True, computed
-    accumulated = state.accumulated + change
-    if accumulated >= settings.threshold:
-        return True, computed
-    return False, SeaCacheState(accumulated, state.skips + 1, step)
+def forecast() -> Forecast:
+    """A straight line through the last two residuals, as in diffusers; the paper reuses the last."""
+    return Forecast("newton", 1)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.cache.block_cache import BlockCache
 from dit_accel.cache.methods.mask import Mask, check_budget, mask_of
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
 from dit_accel.errors import PolicyError
 
 LOOKBACK = 3  # longest run of skipped steps that the authors calibrate
@@ -97,3 +100,16 @@ def _skips(settings: SmoothCache, errors: ErrorTable, step: int) -> int:
         if settings.alpha > 0 and step < len(errors[j - 1]) and errors[j - 1][step] <= settings.alpha:
             return j
     return 0
+
+
+def cache(alpha: float = 0.18) -> BlockCache:
+    """The first run computes everything and measures; later ones go by its masks, one for each kind of layer."""
+    return BlockCache(
+        None,
+        warmup=1,
+        tail=1,
+        max_skips=LOOKBACK,
+        probe_blocks=0,
+        scope=Scope("layers"),
+        schedule=Schedule(calibrate="smoothcache", budget=alpha),
+    )

@@ -1,73 +1,42 @@
-"""SpeCa (2509.11628): forecast with TaylorSeer, verify at the last block, and compute the next step if it was far off.
+"""SpeCa (2509.11628): forecast as TaylorSeer does, run the last block on the forecast, and compute when they disagree.
 
-At a forecast step the last block also runs truly, on the forecast input. Nothing is rolled back: the step stays, and
-the error decides for the one after it, under a threshold that decays over the run.
+e = mean |x^ - x| / (|x| + 1e-10), x^ the forecast of the last block's output and x what it gives on the forecast input.
+It judges the *next* step: the bad one stays. The threshold falls over the run, max(base * decay^(i / T), floor). At
+least `shortest` and at most `longest` forecasts follow a computed step. As published a step after a computed one is
+forecast even among the first; here the first steps are computed. The paper drafts every layer; here the stack before
+the last block.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dit_accel.cache.block_cache import BlockCache
+from dit_accel.cache.schedule import Schedule
+from dit_accel.cache.scope import Scope
+from dit_accel.cache.signal import Signal
+from dit_accel.forecast.settings import Forecast
 
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class SpecaSettings:
-    """threshold * decay^(step / steps), at least `floor`; shortest, longest: forecasts in a row; order: of the draft.
-
-    first: steps that are computed at the start, but for every one that follows a computed one.
-    """
-
-    threshold: float
-    decay: float
-    floor: float
-    shortest: int
-    longest: int
-    order: int
-    first: int = 3
+# (threshold, decay, floor, shortest, longest, order)
+PUBLISHED = {"flux": (7.0, 0.3, 0.1, 2, 8, 2), "dit-xl": (0.3, 0.05, 0.01, 3, 8, 4)}
 
 
-@dataclass(frozen=True)
-class SpecaState:
-    """computed: the step before was; forecasts: how many were made since."""
-
-    computed: bool = False
-    forecasts: int = 0
-
-
-PUBLISHED: dict[str, SpecaSettings] = {
-    "flux": SpecaSettings(threshold=7.0, decay=0.3, floor=0.1, shortest=2, longest=8, order=2),
-    "dit-xl": SpecaSettings(threshold=0.3, decay=0.05, floor=0.01, shortest=3, longest=8, order=4),
-}
-
-
-def verification_error(forecast: Tensor, true: Tensor) -> Tensor:
-    """mean( |forecast - true| / (|true| + 1e-10) ), element by element, of the last block's outputs [B, N, C] -> [].
-
-    Elements near 0 weigh heavily, unlike in a ratio of means: hence a threshold as high as 7.
-    """
-    forecast, true = forecast.float(), true.float()  # 1e-10 is 0 in fp16
-    return ((forecast - true).abs() / (true.abs() + 1e-10)).mean()
+def cache(
+    threshold: float = 7.0, decay: float = 0.3, floor: float = 0.1, shortest: int = 2, longest: int = 8, first: int = 3
+) -> BlockCache:
+    """Defaults for FLUX. first: steps that are computed at the start."""
+    return BlockCache(
+        threshold,
+        warmup=first,
+        tail=0,
+        max_skips=longest,
+        probe_blocks=0,
+        scope=Scope(carrier="output", last_blocks=1),
+        signal=Signal("last block"),
+        schedule=Schedule(shortest=shortest),
+        decay=decay,
+        floor=floor,
+    )
 
 
-def threshold_at(settings: SpecaSettings, step: int, steps: int) -> float:
-    """The threshold in force at a step, counted from 0."""
-    return max(settings.threshold * settings.decay ** (step / steps), settings.floor)
-
-
-def decide(
-    settings: SpecaSettings, state: SpecaState, error: float | None, step: int, steps: int
-) -> tuple[bool, SpecaState]:
-    """Compute this step? error: `verification_error` of the step before, `None` if that was computed.
-
-    As published a step after a computed one is never computed, even among the first, and an error is heeded only
-    after `shortest` forecasts. An error that is no number computes, which the reference does not.
-    """
-    if state.computed:
-        return False, SpecaState(forecasts=1)
-    too_large = error is not None and (not math.isfinite(error) or error > threshold_at(settings, step, steps))
-    heeded = too_large and state.forecasts >= settings.shortest
-    if step < settings.first or state.forecasts >= settings.longest or heeded:
-        return True, SpecaState(computed=True)
-    return False, SpecaState(forecasts=state.forecasts + 1)
+def forecast(order: int = 2) -> Forecast:
+    """order: of TaylorSeer's expansion."""
+    return Forecast("taylor", order)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dit_accel.cache.methods.mask import check_budget
+from dit_accel.cache.block_cache import BlockCache
+from dit_accel.cache.methods.mask import check_budget, mask_of
+from dit_accel.cache.schedule import Schedule
 from dit_accel.errors import PolicyError
 
 JENGA_STEPS = 50  # the run that both lists were made for
@@ -67,3 +69,22 @@ def rescale_steps(keys: Sequence[int], steps: int, new_steps: int) -> list[int]:
         )
     scale = (new_steps - 1) / (steps - 1) if steps > 1 else 0.0
     return sorted({int(key * scale + 0.5) for key in keys})
+
+
+def cache(threshold: float = 0.95) -> BlockCache:
+    """threshold: of the similarity to the last key step, a choice of ours. The first run computes everything and
+    measures; later ones compute its key steps."""
+    return BlockCache(
+        None,
+        warmup=1,
+        tail=1,
+        max_skips=None,
+        probe_blocks=0,
+        schedule=Schedule(calibrate="step-rehash", budget=threshold),
+    )
+
+
+def jenga(keys: Sequence[int] = JENGA_TEXT_TO_VIDEO) -> BlockCache:
+    """One of Jenga's lists, stretched to the run; what the whole stack added is reused."""
+    mask = "".join("1" if compute else "0" for compute in mask_of(keys, JENGA_STEPS))
+    return BlockCache(None, warmup=1, tail=0, max_skips=None, probe_blocks=0, schedule=Schedule(mask=mask))

@@ -6,28 +6,11 @@ path. Reused on skipped steps: what the whole stack added. Guidance: a state of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dit_accel.cache.block_cache import BlockCache
+from dit_accel.cache.signal import Signal
 from dit_accel.errors import PolicyError, nearest, shown
-
-
-@dataclass(frozen=True)
-class TeaCacheSettings:
-    """coefficients: of the polynomial, highest power first; first, last: steps that are computed whatever it says."""
-
-    coefficients: tuple[float, ...]
-    threshold: float
-    first: int = 1
-    last: int = 1
-
-
-@dataclass(frozen=True)
-class TeaCacheState:
-    """accumulated: sum of the rescaled changes since the last computed step."""
-
-    accumulated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +82,11 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def published_settings(model: str, threshold: float | None = None) -> TeaCacheSettings:
-    """Settings of a model of `PUBLISHED`; without a threshold, the slowest that is published for it."""
+def cache(model: str = "flux", threshold: float | None = None, blocks_run: int = 0) -> BlockCache:
+    """Settings for a model of `PUBLISHED`; without a threshold, the slowest that is published for it.
+
+    blocks_run: blocks that run on skipped steps as well; none, as published.
+    """
     if model not in PUBLISHED:
         raise PolicyError(f"no TeaCache coefficients for {shown(model)}; {nearest(model, PUBLISHED)}")
     found = PUBLISHED[model]
@@ -108,29 +94,13 @@ def published_settings(model: str, threshold: float | None = None) -> TeaCacheSe
         if not found.thresholds:
             raise PolicyError(f"no TeaCache threshold is published for {shown(model)}; give threshold=")
         threshold = found.thresholds[0]
-    return TeaCacheSettings(found.coefficients, threshold, found.first, found.last)
-
-
-def rescale(coefficients: Sequence[float], change: float) -> float:
-    """The polynomial at a relative change, by Horner's rule; no clipping, so the fits may go below 0."""
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * change + coefficient
-    return value
-
-
-def decide(
-    settings: TeaCacheSettings, state: TeaCacheState, change: float | None, step: int, steps: int | None
-) -> tuple[bool, TeaCacheState]:
-    """Compute this step? change: relative L1 of the modulated input to the step before, `None` without one.
-
-    step counts the steps of one branch from 0; steps: all of them, `None` if unknown, and then no last one is guarded.
-    """
-    forced = step < settings.first or (steps is not None and step >= steps - settings.last)
-    if forced or change is None or not math.isfinite(change):
-        return True, TeaCacheState()
-    accumulated = state.accumulated + rescale(settings.coefficients, change)
-    # a fit below 0 would pass a threshold of 0; here 0 never skips
-    if settings.threshold > 0 and accumulated < settings.threshold:
-        return False, TeaCacheState(accumulated)
-    return True, TeaCacheState()
+    return BlockCache(
+        threshold,
+        "previous",
+        accumulate=True,
+        warmup=found.first,
+        tail=found.last,
+        max_skips=None,
+        probe_blocks=blocks_run,
+        signal=Signal("time" if model.startswith("wan") else "modulated", rescale=found.coefficients),
+    )
