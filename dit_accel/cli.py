@@ -112,6 +112,45 @@ def _explain(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    call = _call_arguments(arguments)
+    prompts = _prompts(arguments)
+    if arguments.out.suffix not in (".json", ".yaml", ".yml") or not arguments.out.parent.is_dir():
+        raise UsageError(
+            f"--out {arguments.out} is not a .json or .yaml file in a folder that exists; give such a file."
+        )
+    pipe = load_pipeline(arguments.pipeline)
+    from dit_accel.learn import learn_layer_masks, learn_mask, learn_weights
+
+    settings: dict[str, Any] = {"steps": arguments.steps, "arguments": call_defaults(arguments.pipeline) | call}
+    if arguments.method != "weights":
+        settings |= {"trials": arguments.trials, "progress": _tell}
+    learn = {"weights": learn_weights, "mask": learn_mask, "layer-masks": learn_layer_masks}[arguments.method]
+    policy = learn(pipe, prompts[: arguments.items], arguments.share, **settings)
+    policy.save(arguments.out)
+    print(f"Wrote {arguments.out}; use it with --policy {arguments.out}.")
+    return OK
+
+
+def _tell(trial: int, error: float) -> None:
+    print(f"trial {trial + 1}: relative L2 {error:.5f}", file=sys.stderr)
+
+
+BENCHES = {
+    "quality": "curves",
+    "tables": "tables",
+    "overhead": "overhead",
+    "dynamics": "dynamics",
+    "captions": "captions",
+    "seeds": "seeds",
+}
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    module = importlib.import_module(f"dit_accel.bench.{BENCHES[arguments.bench]}")
+    return module.main(arguments.rest)
+
+
 def _policy_list(arguments: argparse.Namespace) -> int:
     del arguments
     known = policies()
@@ -251,6 +290,10 @@ def _parser() -> argparse.ArgumentParser:
     explained = _command(commands, "explain", "say what a policy would do to a pipeline, without generating", _explain)
     _pipeline_and_policy(explained)
     explained.add_argument("--steps", type=_positive, help="number of denoising steps to plan for (default: any)")
+    _tune_parser(_command(commands, "tune", "fit a policy to a pipeline, and save it", _tune))
+    bench = _command(commands, "bench", "run a benchmark; `dit-accel bench quality --help` says more", _bench)
+    bench.add_argument("bench", choices=BENCHES, help="which")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments, a pipeline folder first")
     group = commands.add_parser("policy", help="list, show and check policies").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -276,9 +319,7 @@ def _pipeline_and_policy(parser: argparse.ArgumentParser) -> None:
 
 def _compare_parser(parser: argparse.ArgumentParser) -> None:
     _pipeline_and_policy(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts or class names (default: none)")
-    source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line")
+    _prompt_options(parser)
     parser.add_argument("--seeds", nargs="+", default=["0"], metavar="N|A:B", help="0 1 2, or 0:8 (default: 0)")
     parser.add_argument("--paired", action="store_true", help="prompt i with seed i alone, not with every seed")
     parser.add_argument("--steps", type=_positive, default=50, help="default: %(default)s")
@@ -286,6 +327,46 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
         "--classifier", type=Path, metavar="DIR", help="a FeatureExtractor, such as pipelines/fashion-classifier"
     )
     parser.add_argument("--repeats", type=_positive, default=1, help="timings of each item (default: %(default)s)")
+    _call_options(parser)
+    parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--fps", type=_positive, default=16, help="of written videos (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write comparison.json, table.txt, grid.png, strip.png; of videos also sheet.png and MP4s",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _tune_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or a hub id")
+    parser.add_argument(
+        "--method",
+        choices=("weights", "mask", "layer-masks"),
+        default="weights",
+        help="weights of each step's forecast (L2P), which steps to compute, or when attention and MLPs are "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.35, help="of the steps that are computed (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=_positive, default=50, help="of the run that it is for (default: %(default)s)")
+    parser.add_argument("--items", type=_positive, default=4, help="prompts used, item i with seed i (default: 4)")
+    parser.add_argument("--trials", type=_positive, default=60, help="masks that are tried (default: %(default)s)")
+    _prompt_options(parser)
+    _call_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the policy, .json or .yaml")
+
+
+def _prompt_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts or class names (default: none)")
+    source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line")
+
+
+def _call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="X", help="guidance_scale (default: the pipeline's)")
     parser.add_argument("--negative", metavar="TEXT", help="negative_prompt (default: the pipeline's)")
     parser.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
@@ -297,16 +378,6 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=JSON",
         help="another call argument, such as true_cfg_scale=3.0",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--fps", type=_positive, default=16, help="of written videos (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write comparison.json, table.txt, grid.png, strip.png; of videos also sheet.png and MP4s",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.cache.step_control import StepControl
 from dit_accel.calibration import Calibration
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
+from dit_accel.denoiser.samples import join, select
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
 from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
-from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, bind
+from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, attributes_of, bind, restore
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
-from dit_accel.state import RunState
+from dit_accel.state import Lane, RunState
 from dit_accel.stats import COMPUTE, RECOMPUTE, Stats, StepRecord
 
 
@@ -141,37 +141,73 @@ class Session:
         return scheduler
 
     def _step(self, run: RunState, scheduler: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One step of the scheduler, through the corrector where the policy has one."""
-        corrector, decided = run.corrector, run.take_decided()
-        if corrector is None or corrector.off is not None:
-            return plain(scheduler, *args, **kwargs)
+        """One step of the scheduler: for each sample by itself where they are told apart and corrected."""
         arguments = bind(plain, args, kwargs)
+        if run.samples is None and self._tells_samples_apart:
+            run.split(1 if arguments is None else arguments["sample"].shape[0])
+            if run.joint is not None:
+                self.stats.warn(f"Decisions are made for the whole batch, not for each sample: {run.joint}.")
+        if len(run.lanes) == 1 or run.lanes[0].corrector is None or arguments is None:
+            for lane in run.lanes[1:]:
+                lane.take_decided()
+            return self._step_lane(
+                run, run.lanes[0], scheduler, plain, arguments, lambda: plain(scheduler, *args, **kwargs)
+            )
+        before, results = attributes_of(scheduler), []
+        for number, lane in enumerate(run.lanes):
+            restore(scheduler, before if lane.scheduler is None else lane.scheduler)
+            own = {name: select(value, [number], len(run.lanes)) for name, value in arguments.items()}
+            result = self._step_lane(run, lane, scheduler, plain, own, lambda own=own: plain(scheduler, **own), number)
+            lane.scheduler = attributes_of(scheduler)
+            results.append(result)
+        return join(results, range(len(results)))
+
+    @property
+    def _tells_samples_apart(self) -> bool:
+        """True where what is skipped depends on the features; a schedule is the same for all samples."""
+        cache = self.policy.cache
+        gated = cache is not None and (cache.is_gated or cache.reference == "corrector" or cache.ranking is not None)
+        return not self.policy.is_exact and (gated or self.policy.predictor.needs_signal)
+
+    def _step_lane(
+        self,
+        run: RunState,
+        lane: Lane,
+        scheduler: Any,
+        plain: Callable[..., Any],
+        arguments: dict[str, Any] | None,
+        step: Callable[[], Any],
+        sample: int = 0,
+    ) -> Any:
+        """One step, through the corrector where the policy has one. step: makes it without one."""
+        corrector, decided = lane.corrector, lane.take_decided()
+        if corrector is None or corrector.off is not None:
+            return step()
         if arguments is None or not decided.denoisers:
             own = "the scheduler's step names no model_output and sample"
             corrector.off = own if arguments is None else "the pipeline makes scheduler steps without a model call"
-            result, audit = plain(scheduler, *args, **kwargs), None
+            result, audit = step(), None
         else:
-            if decided.denoisers != run.stepped:  # another model, another path
-                corrector.forget()
-                run.control = StepControl()
-            run.stepped = decided.denoisers
+            if decided.denoisers != lane.stepped:  # another model, another path
+                lane.restart()
+            lane.stepped = decided.denoisers
             coordinate = run.clock.coordinate(self.policy.predictor.coordinate)
             call = SchedulerStep(scheduler, plain, arguments, coordinate, run.clock.clean())
             result, audit = corrector.step(call, decided.kinds <= {COMPUTE, RECOMPUTE})
         if audit is not None:
-            self._audited(run, audit)
+            self._audited(run, lane, audit, sample)
         reason = corrector.off or corrector.hindered
         if reason is not None:
             self.stats.warn(f"Skipped steps are not corrected afterwards: {reason}.")
         return result
 
-    def _audited(self, run: RunState, audit: Audit) -> None:
+    def _audited(self, run: RunState, lane: Lane, audit: Audit, sample: int) -> None:
         """Note how good the forecasts were, and let it decide how far the next ones may reach."""
         distance, cache = float(audit.distance), self.policy.cache
-        self.stats.add_audit(run.number, run.clock.step, audit.span, distance)
+        self.stats.add_audit(run.number, run.clock.step, audit.span, distance, sample)
         if cache is not None and cache.threshold is not None:
             longest = None if cache.max_skips is None else cache.max_skips + 1
-            run.control = run.control.after(distance, audit.span, cache.threshold, longest)
+            lane.control = lane.control.after(distance, audit.span, cache.threshold, longest)
 
     def _release_scheduler(self) -> None:
         if self._unwrap_scheduler is not None:
@@ -214,7 +250,7 @@ class Session:
             earlier = self._run
             scheduler = self._hold_scheduler(given)
             clock = Clock(self.target if scheduler is not None else None, scheduler, steps)
-            self._run = RunState(self._runs, clock, self._corrector(scheduler))
+            self._run = RunState(self._runs, clock, [Lane(self._corrector(scheduler))])
             self._runs += 1
             for attached in self.denoisers.values():
                 attached.here.context = None

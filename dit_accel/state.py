@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,9 @@ class BranchState:
 
     units: anchors of each unit, oldest first; signals: the signal at the last computed steps, with its coordinate;
     previous: the signal at the step before; change: indicator measured while computing, for the next step; rate,
-    seen_io: EasyCache's; ratios: MagCache's table; similarities: Sortblock's; rebuild: makes a model's result of its
-    tensors, and is_residual whether its first is kept as a residual to the input; builders: the same for layers.
+    seen_io: EasyCache's; ratios: MagCache's table; similarities, ranked_at, odd: Sortblock's; rebuild: makes a model's
+    result of its tensors, and is_residual whether its first is kept as a residual to the input; builders: the same for
+    layers.
     """
 
     key: Any = None
@@ -55,6 +57,8 @@ class BranchState:
     side: list[Tensor] = field(default_factory=list)
     ratios: Sequence[float] = ()
     similarities: dict[Unit, Tensor] = field(default_factory=dict)
+    ranked_at: float = 0.0
+    odd: frozenset[Unit] = frozenset()
     rebuild: Callable[[Sequence[Tensor]], Any] | None = None
     is_residual: bool = False
     builders: dict[Unit, Callable[[Sequence[Tensor]], Any]] = field(default_factory=dict)
@@ -111,24 +115,19 @@ class Decided:
 
 
 @dataclass
-class RunState:
-    """One sampling run: its number, its thread, its clock and the state of every branch.
+class Lane:
+    """What belongs to one sample of the batch (or to all, where they are not told apart).
 
-    corrector: `None` where the policy has none; control: how far the next computed step may lie ahead; stepped: the
-    denoisers of the last step; leads: what the first branch of a denoiser decided, and at which step.
+    corrector: `None` where the policy has none; control: how far the next computed step may lie ahead; decided: how the
+    calls of this step were served; stepped: the denoisers of the last step; scheduler: attributes that the scheduler
+    has on this sample's path, `None` where all samples share one.
     """
 
-    number: int
-    clock: Clock
     corrector: Corrector | None = None
-    thread: int = field(default_factory=threading.get_ident)
-    branches: dict[tuple[str, str], BranchState] = field(default_factory=dict)
-    contracts: dict[tuple[str, Any], Contract] = field(default_factory=dict)
-    stage: int = 0
     control: StepControl = StepControl()
     decided: Decided = Decided()
     stepped: frozenset[str] = frozenset()
-    leads: dict[str, tuple[int, str, Verdict]] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
 
     def decide(self, kind: str, denoiser: str) -> None:
         """Note how one denoiser call of the current step was served."""
@@ -139,18 +138,55 @@ class RunState:
         decided, self.decided = self.decided, Decided()
         return decided
 
+    def restart(self) -> None:
+        """Another list of time steps begins."""
+        if self.corrector is not None:
+            self.corrector.forget()
+        self.control = StepControl()
+
+
+@dataclass
+class RunState:
+    """One sampling run: its number, its thread, its clock and the state of every branch.
+
+    lanes: one a sample, or one for all; samples: in the batch, `None` while not known; joint: why they are not told
+    apart, if they are not; leads: what the first branch of a denoiser decided, and at which step; calls: arguments of
+    the first call of each denoiser, until the samples are known.
+    """
+
+    number: int
+    clock: Clock
+    lanes: list[Lane] = field(default_factory=lambda: [Lane()])
+    thread: int = field(default_factory=threading.get_ident)
+    branches: dict[tuple[str, str], BranchState] = field(default_factory=dict)
+    contracts: dict[tuple[str, Any], Contract] = field(default_factory=dict)
+    stage: int = 0
+    samples: int | None = None
+    joint: str | None = None
+    leads: dict[tuple[str, int], tuple[int, str, Verdict]] = field(default_factory=dict)
+    calls: dict[str, Callable[[int], str | None]] = field(default_factory=dict)
+
+    def split(self, samples: int) -> None:
+        """The number of samples is known: give each a lane, unless a denoiser's calls do not let them be told apart."""
+        self.samples = samples
+        reasons = [reason for why in self.calls.values() if (reason := why(samples)) is not None]
+        self.calls.clear()
+        self.joint = next(iter(reasons), None)
+        if samples > 1 and self.joint is None:
+            first = self.lanes[0]
+            self.lanes = [first, *(copy.deepcopy(first) for _ in range(samples - 1))]
+
     def branch(self, denoiser: str, name: str) -> BranchState:
         """The state of a branch; every branch starts anew with a new list of time steps (another stage, or segment)."""
         if self.stage != self.clock.stage:
             self.branches.clear()
-            if self.corrector is not None:
-                self.corrector.forget()
-            self.control = StepControl()
+            for lane in self.lanes:
+                lane.restart()
             self.stage = self.clock.stage
         return self.branches.setdefault((denoiser, name), BranchState())
 
     def state_bytes(self) -> int:
         """Memory held by features of this run, in bytes."""
         held = [t for branch in self.branches.values() for t in branch.tensors()]
-        held += self.corrector.tensors() if self.corrector is not None else []
+        held += [t for lane in self.lanes if lane.corrector is not None for t in lane.corrector.tensors()]
         return sum(t.numel() * t.element_size() for t in held)

@@ -48,13 +48,14 @@ class AuditRecord:
     """What a computed step told about the forecasts before it.
 
     span: steps since the last computed one; distance: relative L2 by which the sample was corrected, or, where nothing
-    was skipped (span 1), by which skipping this step would have led it astray.
+    was skipped (span 1), by which skipping this step would have led it astray; sample: of the batch.
     """
 
     run: int
     step: int
     span: int
     distance: float
+    sample: int = 0
 
 
 @dataclass
@@ -129,9 +130,9 @@ class Stats:
         self.runs[record.run].add(record)
         self.steps.append(record)
 
-    def add_audit(self, run: int, step: int, span: int, distance: float) -> None:
-        """Note how far forecasts led the sample astray."""
-        self.audits.append(AuditRecord(run, step, span, distance))
+    def add_audit(self, run: int, step: int, span: int, distance: float, sample: int = 0) -> None:
+        """Note how far forecasts led a sample astray."""
+        self.audits.append(AuditRecord(run, step, span, distance, sample))
 
     def warn(self, sentence: str) -> None:
         """Remember a sentence for the report, once."""

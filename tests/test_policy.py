@@ -91,9 +91,10 @@ def test_overrides_reach_the_cache_and_the_forecast() -> None:
 
 def test_overrides_are_judged_together_whatever_their_order() -> None:
     """Either one alone would be refused: threshold and max_skips null, or a reuse of higher order."""
-    expected = Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1, tail=0))
-    assert Policy.named("fora", max_skips=None, threshold=0.1) == expected
-    assert Policy.named("fora", threshold=0.1, max_skips=None) == expected
+    timed = BlockCache(threshold=None, max_skips=2, warmup=1)
+    expected = Policy(BlockCache(threshold=0.1, max_skips=None, warmup=1))
+    assert Policy.named("exact", cache=timed, max_skips=None, threshold=0.1) == expected
+    assert Policy.named("exact", cache=timed, threshold=0.1, max_skips=None) == expected
 
 
 def test_a_whole_field_is_replaced_and_then_overridden() -> None:

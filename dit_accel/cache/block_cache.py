@@ -77,6 +77,11 @@ class BlockCache(Settings):
             )
         if rule.codebook is not None and self.signal.of != "units":
             raise PolicyError("Schedule.codebook looks at the signal 'units'; give BlockCache.signal of that kind.")
+        if self.signal.of == "last block" and not rule.shortest:
+            raise PolicyError(
+                "The signal 'last block' is measured on skipped steps only; give Schedule.shortest=1 or more, so that "
+                "there are any."
+            )
         if self.signal.of == "last block" and not self.scope.last_blocks:
             raise PolicyError("The signal 'last block' needs a last block that runs; give Scope.last_blocks=1 or more.")
 

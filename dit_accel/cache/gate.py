@@ -109,7 +109,7 @@ def after_skip(
 def after_compute(state: GateState, verdict: Verdict, cache: BlockCache, seen: int) -> GateState:
     """State after a computed step: the sum and the run begin anew."""
     gap = state.gap
-    if cache.schedule.codebook is not None and verdict.reason == "codebook" and verdict.value is not None:
+    if cache.schedule.codebook is not None and verdict.value is not None:  # it was judged by its own rate
         gap = 1
     return GateState(
         computed=state.computed + (seen >= cache.warmup),
@@ -122,9 +122,10 @@ def after_compute(state: GateState, verdict: Verdict, cache: BlockCache, seen: i
 
 def _measured(verdict: Verdict, state: GateState, cache: BlockCache | None) -> float:
     """The change that a verdict was passed on, without what it had been summed to."""
-    if cache is None or cache.schedule.most_change is None or verdict.value is None:
+    value = verdict.value
+    if cache is None or cache.schedule.most_change is None or value is None or math.isnan(value):
         return 0.0
-    return verdict.value - (state.accumulated if cache.accumulate else 0.0)
+    return value - (state.accumulated if cache.accumulate else 0.0)
 
 
 def run_length(share: float, steps: int | None) -> int:

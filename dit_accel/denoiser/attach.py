@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,19 @@ from torch import nn
 
 from dit_accel.cache.scope import ranges
 from dit_accel.denoiser.arguments import grid_of, latents_in
-from dit_accel.denoiser.clock import TimeArgument
+from dit_accel.denoiser.clock import StepInfo, TimeArgument
 from dit_accel.denoiser.contract import ContractChanged, Observer, shape_key
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.layers import layers_of
+from dit_accel.denoiser.samples import join, rows_of, select, why_joint
 from dit_accel.denoiser.subclass import wrap_instance
+from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.diffusers_bridge import is_compiled
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.state import RunState
-from dit_accel.stats import RECOMPUTE, StepRecord
+from dit_accel.stats import COMPUTE, PARTLY, RECOMPUTE, SYMBOLS, StepRecord
 
 if TYPE_CHECKING:
     from dit_accel.session import Session
@@ -59,10 +61,9 @@ class AttachedDenoiser:
 
         @wraps(base.__call__)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            def original() -> Any:
+            if module is not attached.module:
                 return base.__call__(module, *args, **kwargs)
-
-            return attached.call(original, args, kwargs) if module is attached.module else original()
+            return attached.call(lambda *a, **k: base.__call__(module, *a, **k), args, kwargs)
 
         methods: dict[str, Callable[..., Any]] = {"__call__": call}
         if hasattr(base, "cache_context"):
@@ -140,46 +141,110 @@ class AttachedDenoiser:
 
     # ----------------------------------------------------------------------------------------------- one forward
 
-    def call(self, original: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        """One denoiser call: plain outside a run, recorded under an exact policy, else under the cache."""
+    def call(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One denoiser call: plain outside a run, recorded under an exact policy, else under the cache. model: the
+        plain call, of any arguments."""
         session, run = self.session, self.session.active_run()
         if run is None:
-            return original()
+            return model(*args, **kwargs)
         if self.here.forward is not None:  # the model calls itself: its inner blocks are no part of the contract
             with self._current(None):
-                return original()
+                return model(*args, **kwargs)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             session.stats.warn("Gradients are enabled, so everything was computed; call under torch.no_grad().")
-            return original()
+            return model(*args, **kwargs)
         started = time.perf_counter()
         info = run.clock.locate(self.name, self.here.context, self.time_argument.find(args, kwargs))
         if info.step == 0:
             session.check_steps(run)
+        latent = latents_in(args, kwargs)
+        if run.samples is None:
+            run.calls[self.name] = lambda samples: why_joint(args, kwargs, latent, samples)
+        elif run.samples > 1 and run.joint is None and latent is not None and self._known(run, args, kwargs):
+            return self._call_samples(model, args, kwargs, run, info, latent.shape[0], started)
         key = shape_key((args, kwargs))
-        forward = self._forward(run, info, key)
-        forward.latent = latents_in(args, kwargs)
-        if forward.latent is not None and forward.latent.ndim == 3:
-            forward.grid = grid_of(kwargs, forward.latent.shape[1])
-        try:
-            result = self._run(forward, original, run, key)
-        except ContractChanged as change:
-            session.stats.warn(f"{self.name} left its learned contract ({change}); that step was computed anew.")
-            forward.state.drop()
-            wasted = forward.executed
-            forward = self._plain(forward, RECOMPUTE, f"contract changed: {change}")
-            result = self._run(forward, original, run, key)
-            forward.wasted = wasted
-        self._record(run, forward, key, time.perf_counter() - started)
+        forward = self._forward(run, info, key, args, kwargs)
+        result = self._attempt(forward, lambda: model(*args, **kwargs), run, key)
+        self._record(run, [forward], key, time.perf_counter() - started)
+        for lane in run.lanes:
+            lane.decide(forward.decision, self.name)
         return result
 
-    def _forward(self, run: RunState, info: Any, key: Any) -> Forward:
-        policy = self.session.policy
-        state = run.branch(self.name, info.branch)
+    def _known(self, run: RunState, args: Any, kwargs: Any) -> bool:
+        """True where a call of these shapes was observed, as a whole, and may be skipped."""
+        contract = run.contracts.get((self.name, shape_key((args, kwargs))))
+        return contract is not None and contract.refusal is None
+
+    def _attempt(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
+        """One forward; a second one that computes everything where the first left the contract."""
+        try:
+            return self._run(forward, original, run, key)
+        except ContractChanged as change:
+            self.session.stats.warn(f"{self.name} left its learned contract ({change}); that step was computed anew.")
+            forward.state.drop()
+            forward.again(f"contract changed: {change}")
+            return self._run(forward, original, run, key)
+
+    def _call_samples(
+        self,
+        model: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        run: RunState,
+        info: StepInfo,
+        rows: int,
+        started: float,
+    ) -> Any:
+        """One call of a batch whose samples are decided each by itself.
+
+        Where whole steps are skipped, the samples that need it are computed together; else each is a call of its own.
+        """
+        samples, whole_key = len(run.lanes), shape_key((args, kwargs))
+        places = [rows_of(sample, rows, samples) for sample in range(samples)]
+        parts = [(select(args, own, rows), select(kwargs, own, rows)) for own in places]
+        key = shape_key(parts[0])
+        if (self.name, key) not in run.contracts:
+            run.contracts[self.name, key] = run.contracts[self.name, whole_key]
+            self.meter.share(whole_key, key, samples)
+        forwards = [self._forward(run, info, key, *part, sample) for sample, part in enumerate(parts)]
+        cache = self.session.policy.cache
+        if cache is not None and cache.scope.is_model:
+            results = [forward.whole() for forward in forwards]
+            wanted = [sample for sample, result in enumerate(results) if result is None]
+            if wanted:
+                chosen = sorted(row for sample in wanted for row in places[sample])
+                with self._current(None):
+                    made = model(*select(args, chosen, rows), **select(kwargs, chosen, rows))
+                for sample in wanted:
+                    own = [chosen.index(row) for row in places[sample]]
+                    results[sample] = rebuilder(made)([tensor[own] for tensor in tensors_in(made)])
+                    forwards[sample].ran_whole(results[sample])
+            for forward in forwards:
+                forward.finish()
+        else:
+            results = [
+                self._attempt(forward, lambda part=part: model(*part[0], **part[1]), run, key)
+                for forward, part in zip(forwards, parts)
+            ]
+        self._record(run, forwards, key, time.perf_counter() - started)
+        for lane, forward in zip(run.lanes, forwards):
+            lane.decide(forward.decision, self.name)
+        order = [row for own in places for row in own]
+        return join(results, [order.index(row) for row in range(rows)])
+
+    def _forward(
+        self, run: RunState, info: StepInfo, key: Any, args: Any, kwargs: Any, sample: int | None = None
+    ) -> Forward:
+        """A forward over the whole batch, or over one sample of it."""
+        policy, lane = self.session.policy, run.lanes[sample or 0]
+        state = run.branch(self.name, info.branch if sample is None else f"{info.branch}, sample {sample}")
         if state.key != key:
             if state.key is not None and state.units:
                 self.session.stats.warn(f"The inputs of {self.name} changed shape within a run; its state was dropped.")
             state.drop()
             state.key = key
+            if sample is not None and state.seen == 0:
+                state.seen = run.branch(self.name, info.branch).seen  # the first steps were served as a whole batch
         cache = policy.cache
         if cache is None or policy.is_exact or not self.time_argument.names:
             why = "exact policy" if policy.is_exact else "no time step"
@@ -193,30 +258,19 @@ class AttachedDenoiser:
             reason = "observing"
         elif contract.refusal:
             reason = f"refused: {contract.refusal}"
-        span = run.control.span if cache.reference == "corrector" else None
+        span = lane.control.span if cache.reference == "corrector" else None
         forward = Forward(
             cache, policy.predictor, state, info, contract, observer, self.block_names, span, reason=reason
         )
+        forward.latent = latents_in(args, kwargs)
+        if forward.latent is not None and forward.latent.ndim == 3:
+            forward.grid = grid_of(kwargs, forward.latent.shape[1])
         self.session.calibration.equip(forward, self.name)
-        lead = run.leads.get(self.name)
+        forward.sample = sample or 0
+        lead = run.leads.get((self.name, forward.sample))
         if cache.branches == "first" and lead is not None and lead[0] == info.step and lead[1] != info.branch:
             forward.led = lead[2]
         return forward
-
-    def _plain(self, forward: Forward, decision: str, reason: str) -> Forward:
-        """A forward that computes everything."""
-        return Forward(
-            forward.cache,
-            forward.forecast,
-            forward.state,
-            forward.info,
-            None,
-            None,
-            self.block_names,
-            None,
-            decision,
-            reason,
-        )
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
         with self._current(forward):
@@ -264,40 +318,51 @@ class AttachedDenoiser:
                 "give the unit 'block' or 'stack'."
             )
 
-    def _record(self, run: RunState, forward: Forward, key: Any, seconds: float) -> None:
-        stats = self.session.stats
-        symbols = "".join(forward.symbols)
-        flops, total = self.meter.of(key, symbols)
-        scope = None if forward.cache is None else forward.cache.scope
-        if forward.skipping and scope is not None and scope.is_model:
-            flops = 0  # nothing of the model ran, its embeddings neither
-        elif scope is not None and scope.has_layers:
-            flops, total = self.meter.without_layers(key, forward.skipped_layers)
+    def _record(self, run: RunState, forwards: Sequence[Forward], key: Any, seconds: float) -> None:
+        """Count one denoiser call; of several samples, block calls are counted for each of them."""
+        stats, first = self.session.stats, forwards[0]
+        flops = total = 0
+        for forward in forwards:
+            made, plain = self._flops(forward, key)
+            flops, total = flops + made, total + plain
+            stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
+            if forward.verdict is not None and forward.led is None:
+                run.leads[self.name, forward.sample] = (forward.info.step, forward.info.branch, forward.verdict)
         stats.flops_source = self.meter.source if total else stats.flops_source
-        stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
-        run.decide(forward.decision, self.name)
-        if forward.verdict is not None and forward.led is None:
-            run.leads[self.name] = (forward.info.step, forward.info.branch, forward.verdict)
         stats.state_bytes = max(stats.state_bytes, run.state_bytes())
+        decisions = {forward.decision for forward in forwards}
+        computed = sum(forward.decision in (COMPUTE, RECOMPUTE) for forward in forwards)
+        alike = len(decisions) == 1
+        symbols = ["".join(column) for column in zip(*(forward.symbols for forward in forwards))]
         record = StepRecord(
             run=run.number,
             denoiser=self.name,
-            branch=forward.info.branch,
-            step=forward.info.step,
-            sigma=forward.info.sigma,
-            decision=forward.decision,
-            reason=forward.reason,
-            indicator=forward.indicator,
-            forecast_error=forward.forecast_error,
-            blocks_run=forward.executed + forward.wasted,
-            blocks_total=len(symbols),
+            branch=first.info.branch,
+            step=first.info.step,
+            sigma=first.info.sigma,
+            decision=first.decision if alike else PARTLY,
+            reason=first.reason if alike else f"{computed} of {len(forwards)} samples computed",
+            indicator=max((f.indicator for f in forwards if f.indicator is not None), default=None),
+            forecast_error=max((f.forecast_error for f in forwards if f.forecast_error is not None), default=None),
+            blocks_run=sum(forward.executed + forward.wasted for forward in forwards),
+            blocks_total=sum(len(forward.symbols) for forward in forwards),
             attention_density=1.0,
             seconds=seconds,
-            blocks=symbols,
+            blocks="".join(c[0] if len(set(c)) == 1 else SYMBOLS[PARTLY] for c in symbols),
             flops=flops,
             flops_total=total,
         )
         self.session.record(record)
+
+    def _flops(self, forward: Forward, key: Any) -> tuple[int, int]:
+        """FLOPs made in a forward, and FLOPs of a plain one."""
+        scope = None if forward.cache is None else forward.cache.scope
+        flops, total = self.meter.of(key, "".join(forward.symbols))
+        if forward.skipping and scope is not None and scope.is_model:
+            return 0, total  # nothing of the model ran, its embeddings neither
+        if scope is not None and scope.has_layers:
+            return self.meter.without_layers(key, forward.skipped_layers)
+        return flops, total
 
 
 @contextlib.contextmanager

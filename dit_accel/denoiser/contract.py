@@ -63,7 +63,10 @@ class Contract:
     def entry(self, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What goes into a block, in the order of its outputs; `None` for an output that continues none of it."""
         try:
-            return tuple(None if key is None else argument(key, args, kwargs) for key in self.roles[position])
+            values = tuple(None if key is None else argument(key, args, kwargs) for key in self.roles[position])
+            rows = max((value.shape[0] for value in values if value is not None), default=1)
+            # one text for several pictures: the first block repeats it
+            return tuple(v if v is None or v.shape[0] == rows else v.expand(rows, *v.shape[1:]) for v in values)
         except (IndexError, KeyError):
             raise ContractChanged(f"block call {position} lacks the argument that it had") from None
 
@@ -145,6 +148,11 @@ class _Seen:
 
     def like(self, other: _Seen) -> bool:
         return self.shape == other.shape and self.dtype == other.dtype
+
+    def repeats_to(self, other: _Seen) -> bool:
+        """True for one row that the other repeats for a batch."""
+        one_row = self.shape[:1] == (1,) and self.shape[1:] == other.shape[1:] and len(self.shape) >= 3
+        return one_row and self.dtype == other.dtype
 
 
 @dataclass
@@ -298,11 +306,11 @@ class Observer:
                     votes.setdefault(position, key)
         roles: list[Key | None] = [None] * len(call.outputs)
         free = list(call.inputs)
-        for prefer_votes in (True, False):
+        for prefer_votes, like in ((True, _Seen.like), (False, _Seen.like), (False, _Seen.repeats_to)):
             for p, out in enumerate(call.outputs):
                 if out is None or roles[p] is not None:
                     continue
-                fitting = [key for key in free if call.inputs[key].like(out)]
+                fitting = [key for key in free if like(call.inputs[key], out)]
                 choice = votes.get(p) if prefer_votes else next(iter(fitting), None)
                 if choice in fitting:
                     roles[p] = choice

@@ -108,3 +108,9 @@ class FlopMeter:
         """FLOPs made and FLOPs of the plain forward, for a call in which these layers did not run."""
         total, _ = self.tables.get(key, (0, ()))
         return total - sum(self.layers.get(key, {}).get(layer, 0) for layer in skipped), total
+
+    def share(self, whole: Any, part: Any, samples: int) -> None:
+        """What was counted for a batch, for one of its samples."""
+        total, flops = self.tables[whole]
+        self.tables[part] = (total // samples, tuple(count // samples for count in flops))
+        self.layers[part] = {layer: count // samples for layer, count in self.layers.get(whole, {}).items()}

@@ -58,8 +58,10 @@ class Forward:
     masks: Mapping[str, str] = field(default_factory=dict)
     led: Verdict | None = None
     is_calibrating: bool = False
+    sample: int = 0
     recorder: Callable[[Unit, tuple[Tensor | None, ...]], None] | None = None
     verdict: Verdict | None = None
+    earlier_change: Tensor | None = None
     indicator: float | None = None
     forecast_error: float | None = None
     symbols: list[str] = field(default_factory=list)
@@ -200,6 +202,7 @@ class Forward:
             state.change = torch.stack(self.changes).mean()
         if self.similarities:
             state.similarities = self.similarities
+            state.ranked_at = 1000.0 if self.info.time is None else self.info.time
         state.seen += 1
 
     def _run(self, block: int, run: Callable[[], Any]) -> Any:
@@ -242,13 +245,26 @@ class Forward:
         bases = (self.latent if state.is_residual else None, *[None] * 99)
         return state.rebuild([combine(weights, [v for v in c if v is not None], b) for c, b in zip(columns, bases)])
 
+    def ran_whole(self, result: Any) -> None:
+        """This sample was computed together with others, blocks and all."""
+        if self.contract is not None:
+            self.position = len(self.contract.sequence)
+            self.symbols = [SYMBOLS[COMPUTE]] * self.position
+        self.keep_whole(result)
+
+    def again(self, reason: str) -> None:
+        """Begin anew after an attempt that left the contract: everything is computed."""
+        fresh = Forward(self.cache, self.forecast, self.state, self.info, None, None, self.names)
+        fresh.decision, fresh.reason, fresh.wasted, fresh.sample = RECOMPUTE, reason, self.executed, self.sample
+        vars(self).update(vars(fresh))
+
     def keep_whole(self, result: Any) -> None:
         """After a computed model call: a new anchor, where the policy skips whole steps, and the rate of its change."""
         cache, state = self.cache, self.state
         if not self._acts or cache is None:
             return
         outputs = tensors_in(result)
-        if cache.signal.rate and self.latent is not None and outputs and not self.skipping:
+        if cache.signal.rate and self.latent is not None and outputs and not self.skipping and state.seen:
             state.note_rate(self.latent, outputs[0])
         if not cache.scope.is_model:
             return
@@ -317,6 +333,8 @@ class Forward:
         state, cache = self.state, self.cache
         assert cache is not None
         steps = None if self.info.remaining is None else state.seen + self.info.remaining
+        # known once, for the step behind the one that it was measured at
+        self.earlier_change, state.change = state.change, None
         forced = "calibrating" if self.is_calibrating else None
         forced = forced or must_compute(
             cache, state.seen, self.info.remaining, state.gate.skips, self.span, gate=state.gate, time=self.info.time
@@ -371,9 +389,7 @@ class Forward:
         assert cache is not None
         signal = cache.signal
         if signal.of in ("units", "last block"):
-            # known once, for the step behind the one that it was measured at
-            change, state.change = state.change, None
-            return change
+            return self.earlier_change
         if signal.of == "ratios":
             return drift(state.ratios, state.seen, state.gate.skips)
         if not self.signal:
@@ -384,6 +400,8 @@ class Forward:
         if signal.rate:
             moved = mean_absolute(self.signal[0] - references[0])
             return None if state.rate is None else state.rate * moved
+        if cache.reference == "forecast":
+            return relative_l1(references[0], self.signal[0])
         change = relative_l1(self.signal[0], references[0])
         return (change - relative_l1(self.signal[1], references[1])).abs() if signal.minus_input else change
 
@@ -406,7 +424,7 @@ class Forward:
         """Remember the signal as far as later steps compare with it."""
         state, cache = self.state, self.cache
         assert cache is not None
-        if not self.signal:
+        if not self.signal or state.seen == 0:
             return
         if cache.reference == "previous":
             state.previous = self.signal
@@ -428,21 +446,25 @@ class Forward:
         if cache.scope.has_layers:
             return any(self._is_open(kind, unit, contract) for unit, kind in contract.layers.items())
         chosen = [one for one in self._ranges(contract) if one in state.units and self._is_open("", one, contract)]
-        if cache.ranking is not None and state.gate.skips > 0 and state.similarities:
-            bound = recompute_share(cache.ranking, 1000.0 if self.info.time is None else self.info.time)
-            chosen = self._less_the_odd(contract, chosen, bound)
+        if cache.ranking is not None and state.gate.skips == 0:
+            state.odd = frozenset()
+        elif cache.ranking is not None:
+            if state.similarities:
+                state.odd = self._odd(contract, chosen, recompute_share(cache.ranking, state.ranked_at))
+                state.similarities = {}
+            chosen = [one for one in chosen if one not in state.odd]
         self.plan = {place: one for one in chosen for place in range(one[0], one[1] + 1)}
         return bool(chosen)
 
-    def _less_the_odd(self, contract: Contract, chosen: list[Range], share: float) -> list[Range]:
-        """Sortblock: leave out the ranges whose forecast moved farthest, ranked within each list of blocks."""
+    def _odd(self, contract: Contract, chosen: list[Range], share: float) -> frozenset[Unit]:
+        """Sortblock: the ranges whose forecast moved farthest, ranked within each list of blocks."""
         known = {unit: float(value) for unit, value in self.state.similarities.items()}
-        kept: list[Range] = []
+        found: set[Unit] = set()
         for owner in dict.fromkeys(contract.owners):
             own = [one for one in chosen if contract.owners[one[0]] == owner and one in known]
             odd = least_similar([known[one] for one in own], share) if own else frozenset()
-            kept += [one for number, one in enumerate(own) if number not in odd]
-        return kept
+            found |= {own[number] for number in odd}
+        return frozenset(found)
 
     def _is_open(self, kind: str, unit: Unit, contract: Contract) -> bool:
         """True where the unit's own mask, if it has one, lets it be skipped at this step."""
@@ -520,6 +542,8 @@ class Forward:
         """A new anchor of a unit, and how far it has changed since the last one."""
         state, cache = self.state, self.cache
         assert cache is not None
+        if state.seen == 0:  # the first branch of a run observes in its first step: the others keep in step with it
+            return
         present = tuple(value for value in values if value is not None)
         before = state.units.get(unit)
         if cache.signal.of == "units" and before and self._is_measured(unit, kind):

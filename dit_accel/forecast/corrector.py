@@ -135,7 +135,7 @@ class Corrector:
             result, audit = self._computed(call)
         else:
             if self.span == 1:
-                self.before = _attributes(call.scheduler)
+                self.before = attributes_of(call.scheduler)
             if self.span == len(self.skipped) + 1:
                 self.skipped.append(call)
             result, audit = call.run(call.output, call.sample), None
@@ -172,20 +172,20 @@ class Corrector:
         """How far the next sample would have been off, had this step been skipped and forecast in a straight line."""
         nodes = [step.coordinate for step in known]
         forecast = combine(newton_weights(nodes, call.coordinate, 1), [step.output for step in known])
-        attributes = _attributes(call.scheduler)
+        attributes = attributes_of(call.scheduler)
         paths = []
         for output in (forecast, call.output):
             paths.append(call.next(output, call.sample))
-            _restore(call.scheduler, attributes)
+            restore(call.scheduler, attributes)
         return _distance(*paths)
 
     def _can_repeat(self, call: SchedulerStep) -> bool:
         """Once a run: do the same steps, made again, lead to the same sample? If not, the scheduler stays as it is."""
         if not self.is_checked:
             self.is_checked = True
-            after = _attributes(call.scheduler)
+            after = attributes_of(call.scheduler)
             self.is_repeatable = _same(self._again([(step.output, None) for step in self.skipped]), call.sample)
-            _restore(call.scheduler, after)
+            restore(call.scheduler, after)
             if not self.is_repeatable:
                 self.hindered = "the scheduler's steps cannot be made twice"
         return self.is_repeatable
@@ -204,7 +204,7 @@ class Corrector:
 
     def _again(self, values: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Make the skipped steps from where they began, with these outputs and estimates -> where they lead to."""
-        _restore(self.skipped[0].scheduler, self.before)
+        restore(self.skipped[0].scheduler, self.before)
         sample = self.skipped[0].sample
         for step, (output, estimate) in zip(self.skipped, values):
             sample = step.next(step.reacted(output, estimate, sample), sample)
@@ -223,12 +223,12 @@ def _same(sample: Tensor, last: Tensor) -> bool:
     return bool(((sample == last) | (sample.isnan() & last.isnan())).all())
 
 
-def _attributes(scheduler: Any) -> dict[str, Any]:
+def attributes_of(scheduler: Any) -> dict[str, Any]:
     """The scheduler's attributes; lists and dictionaries are copied, tensors are not, since no step writes into one."""
     return {name: _copied(value) for name, value in vars(scheduler).items()}
 
 
-def _restore(scheduler: Any, attributes: dict[str, Any]) -> None:
+def restore(scheduler: Any, attributes: dict[str, Any]) -> None:
     for name in vars(scheduler).keys() - attributes.keys():
         delattr(scheduler, name)
     vars(scheduler).update({name: _copied(value) for name, value in attributes.items()})
@@ -242,13 +242,13 @@ def _adds_noise(call: SchedulerStep) -> bool:
     """True where the step gives another result each time; generators and scheduler are left as they were."""
     given = call.arguments.get("generator")
     generators = given if isinstance(given, list) else [] if given is None else [given]
-    states, attributes = [generator.get_state() for generator in generators], _attributes(call.scheduler)
+    states, attributes = [generator.get_state() for generator in generators], attributes_of(call.scheduler)
     devices = [call.sample.device] if call.sample.device.type == "cuda" else []
     results = []
     with torch.random.fork_rng(devices):
         for _ in range(2):
             results.append(call.next(call.output, call.sample))
-            _restore(call.scheduler, attributes)
+            restore(call.scheduler, attributes)
     for generator, state in zip(generators, states):
         generator.set_state(state)
     return not _same(*results)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-HORIZON = 3.0  # steps, from cache-dit's port: beyond it the slope is not followed any further
+HORIZON = 3.0  # steps: beyond it the slope is not followed (cache-dit's port shrinks it there)
 
 
 def foca_weights(u: Sequence[float], v: float, horizon: float | None = None) -> list[float]:

@@ -90,5 +90,5 @@ def test_the_value_held_against_the_threshold_is_told() -> None:
 
 def test_the_sum_and_the_number_of_skips_are_carried() -> None:
     state = GateState(accumulated=0.25, skips=2)
-    assert after_skip(state, Verdict(False, "below threshold", 0.375)) == GateState(0.375, 3)
-    assert after_skip(state, Verdict(False, "schedule")) == GateState(0.25, 3)
+    assert after_skip(state, Verdict(False, "below threshold", 0.375)) == GateState(0.375, 3, all_skips=1)
+    assert after_skip(state, Verdict(False, "schedule")) == GateState(0.25, 3, all_skips=1)

@@ -2,7 +2,8 @@
 
 The first blocks always run, the middle is skipped and the last blocks run on the approximation. The residual is
 compared with that of the last computed step. Order of the checks: warm-up, mask, most skips in all, longest run of
-them, sum of all changes, threshold.
+them, sum of all changes, threshold. Unlike cache-dit's, the limits hold for a static mask too, a mask does not shorten
+the warm-up and is stretched to the run, and a threshold of 1 or more is still compared with.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def cache(
     threshold: float = 0.4, retention: float = 0.2, minus_input: bool = False, probe_blocks: int = 1
 ) -> BlockCache:
     """threshold: of the sum of delta_y, or |delta_y - delta_x| with `minus_input`: what the probe does beyond passing
-    on the change of its input. retention: the share of the steps that are computed first; probe_blocks: 1 to 5."""
+    on the change of its input. retention: the share of the steps that are computed first, rounded (as published up to
+    and with step int(share * T)); probe_blocks: 1 to 5."""
     return BlockCache(
         threshold,
         "previous",

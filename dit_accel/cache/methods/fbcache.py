@@ -1,6 +1,7 @@
 """FBCache (ParaAttention, no paper): skip while the first block's residual is near that of the last computed step.
 
-Relative L1 of h^1 - h^0 to the last computed step's; what all later blocks added is reused. No warm-up, no limit.
+Relative L1 of h^1 - h^0 to the last computed step's; what all later blocks added is reused. No warm-up, no limit. A
+change as large as the threshold computes (theirs skips).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MagCache (arXiv 2506.09045): skip while the magnitude ratios of the residual, multiplied up, stay close to 1.
 
 gamma_i = mean over tokens of ||r_i||_2 / ||r_{i-1}||_2 comes from one calibration run. Since the last computed step
-R = prod gamma and E = sum |1 - R|; a step is skipped while E <= threshold and at most `max_skips` are in a row.
+R = prod gamma and E = sum |1 - R|; a step is skipped while E < threshold and at most `max_skips` are in a row.
 Reused is the residual of the whole stack, as it is.
 """
 

@@ -2,7 +2,7 @@
 time.
 
 As published spatial, temporal and cross attention have intervals of their own (2, 4, 6), and the MLPs of a few blocks
-are reused at listed steps; here all attention of a block has one.
+are reused at listed steps; here all attention of a block has one. The ends of the window belong to it.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ def cache(interval: int = 2, start: float = 800.0, end: float = 100.0) -> BlockC
         max_skips=interval - 1,
         probe_blocks=0,
         scope=Scope("attention"),
-        schedule=Schedule(window=(start, end)),
+        schedule=Schedule(interval=interval, window=(start, end)),
     )

@@ -2,7 +2,8 @@
 
 The filter is Wiener's, for a picture whose spectrum falls as 1/|f|^p under noise of level sigma (eq. 7 normalises it
 to a mean gain of 1). Changes are summed against a threshold; reused is what the whole stack added, as it is in the
-paper, extrapolated linearly in diffusers' version. Guidance: a state of its own for each branch.
+paper, extrapolated linearly in diffusers' version. Guidance: a state of its own
+for each branch, and here for each sample.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def cache(alpha: float = 0.18) -> BlockCache:
         None,
         warmup=1,
         tail=1,
-        max_skips=LOOKBACK,
+        max_skips=None,  # the masks of the kinds hold the look-back, each for itself
         probe_blocks=0,
         scope=Scope("layers"),
         schedule=Schedule(calibrate="smoothcache", budget=alpha),

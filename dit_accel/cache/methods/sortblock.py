@@ -2,7 +2,8 @@
 
 Block by block, the residual h^l - h^(l-1) is forecast linearly from its last two computed values. After the forecast
 step the blocks are ranked by the cosine of forecast and last full residual (`dit_accel.cache.ranking`); a share of
-them, given by a polynomial of the timestep, is recomputed until the next full step.
+them, given by a polynomial of the timestep, is recomputed until the next full
+step. Counted from the last computed step, so the first step inside the window is forecast at once.
 """
 
 from __future__ import annotations

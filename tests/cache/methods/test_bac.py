@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from dit_accel.cache.methods.bac import block_schedule, bubbling_union, cosine_similarities, most_volatile, volatility
+from dit_accel.cache.methods.bac import (
+    block_schedule,
+    bubbling_union,
+    cache,
+    cosine_similarities,
+    most_volatile,
+    volatility,
+)
 from dit_accel.cache.methods.mask import steps_of
 from dit_accel.errors import PolicyError
+
+Replay = Callable[..., str]
 
 ORDER = ["0.attention", "0.feed_forward", "1.attention", "1.feed_forward", "2.attention"]
 FEED_FORWARD = {"0.feed_forward", "1.feed_forward"}
@@ -94,3 +104,9 @@ def test_wrong_input_is_refused() -> None:
         bubbling_union({**MASKS, "0.attention": (True,)}, ORDER, FEED_FORWARD, ())
     with pytest.raises(PolicyError, match="upstream modules is -1"):
         most_volatile({}, ORDER, FEED_FORWARD, -1)
+
+
+def test_the_first_run_measures_and_the_masks_alone_decide(replay: Replay) -> None:
+    assert (cache(0.2).schedule.calibrate, cache(0.2).schedule.budget) == ("bac", 0.2)
+    assert cache().scope.skips_layer("attention") and cache().scope.skips_layer("mlp")
+    assert replay(cache(), [None] * 12) == "C" + "." * 11

@@ -1,58 +1,42 @@
-"""DiCache: errors, sum and gamma against numbers worked out by hand."""
+"""DiCache: the sum of the errors against numbers worked out by hand; the alignment is
+tests/forecast/test_evidence.py."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
-import torch
 
-from dit_accel.cache.methods.dicache import (
-    PUBLISHED,
-    DiCacheSettings,
-    DiCacheState,
-    alignment,
-    anchor_weights,
-    change,
-    decide,
-    error_of,
-)
+from dit_accel.cache.gate import GateState, decide
+from dit_accel.cache.methods.dicache import PUBLISHED, cache, forecast
 
-
-def replay(settings: DiCacheSettings, errors: list[float | None]) -> str:
-    state, marks = DiCacheState(), ""
-    for step, error in enumerate(errors):
-        compute, state = decide(settings, state, error, step, len(errors))
-        marks += "C" if compute else "."
-    return marks
+Replay = Callable[..., str]
 
 
 def test_the_two_errors() -> None:
-    assert error_of(PUBLISHED["flux"], 0.05, 0.08) == 0.05
-    assert error_of(PUBLISHED["flux-delta-minus"], 0.05, 0.08) == pytest.approx(0.03)
-    assert change(torch.tensor([1.5, 2.5]), torch.tensor([1.0, 3.0])).item() == 0.25
+    assert not cache(*PUBLISHED["flux"]).signal.minus_input
+    assert cache(*PUBLISHED["flux-delta-minus"]).signal.minus_input
 
 
-def test_replay_by_hand() -> None:
-    # ten steps, a fifth retained: 0, 1 and 2 (up to and with 2); sums .2 .4 -> computed (not below .4), .3, ...
+def test_replay_by_hand(replay: Replay) -> None:
+    # Ten steps, a fifth retained: 0 and 1. (As published 2 too, up to and with the share: CCC.C..C.C.)
+    # Sums: step 2: .2; 3: .4 -> computed (not below .4); 4: .2; 5: .5 C; 6: .05; 7: .15; 8: .16; 9: last
     errors = [None, 0.2, 0.2, 0.2, 0.2, 0.3, 0.05, 0.1, 0.01, 0.01]
-    # step 3: .2; 4: .4 C; 5: .3; 6: .35; 7: .45 C; 8: .01; 9: last
-    assert replay(PUBLISHED["flux"], errors) == "CCC.C..C.C"
-    assert replay(PUBLISHED["flux-delta-minus"], [0.01] * 6) == "C....C"
-    assert replay(DiCacheSettings(0.0, retention=0.0), [0.0] * 5) == "CCCCC"
+    assert replay(cache(*PUBLISHED["flux"]), errors) == "CC.C.C...C"
+    assert replay(cache(*PUBLISHED["flux-delta-minus"]), [0.01] * 6) == "C....C"
+    assert replay(cache(0.0, retention=0.0), [0.0] * 5) == "CCCCC"
+
+
+def test_the_retention_is_rounded_to_the_nearest_step(replay: Replay) -> None:
+    # .2 x 28 = 5.6 -> 6, steps 0 to 5; as published 5.6 -> 5, and with it step 5: the same here
+    assert replay(cache(9.0), [0.0] * 28) == "C" * 6 + "." * 21 + "C"
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf, None])
 def test_what_is_not_finite_computes(error: float | None) -> None:
-    assert decide(DiCacheSettings(9.0), DiCacheState(1.0), error, 8, 20) == (True, DiCacheState())
+    assert decide(cache(9.0), GateState(accumulated=1.0, skips=1), error, 8, 20).compute
 
 
-def test_gamma_and_its_weights() -> None:
-    older, newest = torch.zeros(2), torch.ones(2)
-    assert alignment(torch.tensor([1.2, 1.2]), newest, older).item() == pytest.approx(1.2)
-    assert anchor_weights(1.2) == pytest.approx([-0.2, 1.2])
-    assert anchor_weights(0.3) == [0.0, 1.0]  # never behind the newest anchor
-    assert anchor_weights(7.0) == anchor_weights(math.inf) == [-0.5, 1.5]
-    assert anchor_weights(math.nan) == [0.0, 1.0]
-    assert anchor_weights(None) == [1.0]
-    assert math.isnan(alignment(older, older, older).item())
+def test_the_forecast_lies_between_two_anchors() -> None:
+    assert (forecast().predictor, forecast().anchors, forecast().needs_signal) == ("aligned", 2, True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from dit_accel.cache.methods.dpcache import DPCache, best_schedule, cost_tensor, published_schedule
+from dit_accel.cache.methods.dpcache import DPCache, best_schedule, cache, cost_tensor, forecast, published_schedule
 from dit_accel.cache.methods.mask import Mask, steps_of
 from dit_accel.errors import PolicyError
 from dit_accel.forecast.weights import reuse_weights
+
+Replay = Callable[..., str]
 
 
 def random_cost(steps: int, seed: int) -> Tensor:
@@ -102,3 +105,11 @@ def test_wrong_input_is_refused() -> None:
         cost_tensor(torch.zeros(3, 1), places=[0.0, 1.0])
     with pytest.raises(PolicyError, match="calibrate on finite features"):
         best_schedule(DPCache(4), cost_tensor(torch.full((6, 2), math.nan)))
+
+
+def test_the_first_run_measures_and_the_forecast_is_that_of_the_cost(replay: Replay) -> None:
+    assert (cache(0.4).schedule.calibrate, cache(0.4).schedule.budget) == ("dpcache", 0.4)
+    assert (forecast().predictor, forecast().order, forecast().anchors) == ("newton", 1, 2)
+    # three are always computed, as in the schedule
+    assert cache().warmup == DPCache(5).forced_first
+    assert replay(cache(), [None] * 6) == "CCC...", "without a mask, nothing else is held back"

@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_accel.cache.methods.lemica import cosine_costs, cumulative_schedule, limit_skips, minimax_schedule
+from dit_accel.cache import Schedule
+from dit_accel.cache.methods.lemica import cache, cosine_costs, cumulative_schedule, limit_skips, minimax_schedule
 from dit_accel.cache.methods.mask import steps_of
 from dit_accel.errors import PolicyError
+
+Replay = Callable[..., str]
 
 INF = math.inf
 # Four steps and the end. With two computed steps: 0 1 E: 0 + 9; 0 2 E: 3 + 5; 0 3 E: 7 + 0.
@@ -60,3 +65,12 @@ def test_costs_are_sums_of_cosine_distances() -> None:
     # from 0: nothing skipped 0; step 1: 1; steps 1, 2: 1 + 2. from 1: step 2: 1
     assert cosine_costs(features) == [[INF, 0.0, 1.0, 3.0], [INF, INF, 0.0, 1.0], [INF, INF, INF, 0.0]]
     assert steps_of(cumulative_schedule(cosine_costs(features), 2)) == [0, 1]
+
+
+def test_the_first_run_measures_and_its_mask_decides(replay: Replay) -> None:
+    assert (cache().schedule.calibrate, cache(0.3, "cem").schedule.calibrate) == ("lemica", "cem")
+    assert cache(0.3).schedule.budget == 0.3
+    # what a calibration finds is a mask: COST with two computed steps, as above
+    for make, marks in ((minimax_schedule, "C.C."), (cumulative_schedule, "C..C")):
+        mask = "".join("1" if compute else "0" for compute in make(COST, 2))
+        assert replay(replace(cache(), schedule=Schedule(mask=mask)), [None] * 4) == marks

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_accel.cache.methods.seacache import (
-    SeaCacheSettings,
-    SeaCacheState,
-    axis_gain,
-    decide,
-    distance,
-    gain,
-    sea_filter,
-)
+from dit_accel.cache.gate import GateState, decide
+from dit_accel.cache.methods.seacache import axis_gain, cache, forecast, gain, sea_filter
 
-
-def replay(settings: SeaCacheSettings, changes: list[float | None]) -> str:
-    state, marks = SeaCacheState(), ""
-    for step, change in enumerate(changes):
-        compute, state = decide(settings, state, change, step, len(changes))
-        marks += "C" if compute else "."
-    return marks
+Replay = Callable[..., str]
 
 
 def test_gain_of_an_axis_by_hand() -> None:
@@ -61,27 +50,20 @@ def test_video_and_half_precision_keep_their_shape() -> None:
     assert filtered.shape == (1, 2, 3, 4, 5) and filtered.dtype == torch.float32
 
 
-def test_distance_is_averaged_over_samples() -> None:
-    before = torch.tensor([[[[1.0, 1.0]]], [[[10.0, 10.0]]]])
-    now = torch.tensor([[[[1.5, 1.5]]], [[[11.0, 11.0]]]])
-    assert distance(now, before).item() == pytest.approx((0.5 + 0.1) / 2)  # not 3 / 22
-
-
-def test_replay_by_hand() -> None:
+def test_replay_by_hand(replay: Replay) -> None:
     # sums: .1 .2, then the run of two ends it; .1, .3 >= .25; .1; last
-    settings = SeaCacheSettings()
-    assert replay(settings, [None, 0.1, 0.1, 0.01, 0.1, 0.2, 0.1, 0.1]) == "C..C.C.C"
-    assert replay(SeaCacheSettings(max_skips=0), [None] + [0.01] * 6) == "C.....C"
-    assert replay(SeaCacheSettings(retention=3, end=2), [None] + [0.01] * 6) == "CCC..CC"
-    assert replay(SeaCacheSettings(threshold=0.0), [None] + [0.0] * 5) == "CCCCCC"
-
-
-def test_a_gap_in_the_steps_computes() -> None:
-    settings, state = SeaCacheSettings(), SeaCacheState(0.1, 1, 4)
-    assert decide(settings, state, 0.01, 6, 20) == (True, SeaCacheState(step=6))
-    assert decide(settings, state, 0.01, 5, None) == (False, SeaCacheState(pytest.approx(0.11), 2, 5))
+    assert replay(cache(), [None, 0.1, 0.1, 0.01, 0.1, 0.2, 0.1, 0.1]) == "C..C.C.C"
+    assert replay(cache(max_skips=None), [None] + [0.01] * 6) == "C.....C"
+    assert replay(replace(cache(), warmup=3, tail=2), [None] + [0.01] * 6) == "CCC..CC"
+    assert replay(cache(0.0), [None] + [0.0] * 5) == "CCCCCC"
 
 
 @pytest.mark.parametrize("change", [math.nan, math.inf, None])
 def test_what_is_not_finite_computes(change: float | None) -> None:
-    assert decide(SeaCacheSettings(), SeaCacheState(0.0, 0, 4), change, 5, 20)[0]
+    assert decide(cache(), GateState(), change, 5, 20).compute
+
+
+def test_the_filtered_latent_is_compared_with_the_step_before() -> None:
+    assert (cache().signal.of, cache().reference, cache().accumulate) == ("spectral", "previous", True)
+    assert cache(power=2.0).signal.power == 2.0
+    assert (forecast().predictor, forecast().order) == ("newton", 1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from dit_accel.cache.methods.mask import steps_of
-from dit_accel.cache.methods.smoothcache import SmoothCache, error_table, kind_mask, schedule
+from dit_accel.cache.methods.smoothcache import SmoothCache, cache, error_table, kind_mask, schedule
 from dit_accel.errors import PolicyError
+
+Replay = Callable[..., str]
 
 # Eight steps; row j - 1 at i: how far step i + j is from step i.
 ERRORS = [
@@ -71,3 +74,14 @@ def test_wrong_input_is_refused() -> None:
         error_table({"a": torch.ones(2, 1), "b": torch.ones(3, 1)})
     with pytest.raises(PolicyError, match="0 blocks"):
         error_table({})
+
+
+def test_the_first_run_measures() -> None:
+    assert (cache(0.35).schedule.calibrate, cache(0.35).schedule.budget) == ("smoothcache", 0.35)
+    assert cache().scope.skips_layer("attention") and cache().scope.skips_layer("mlp")
+
+
+def test_the_masks_of_the_kinds_alone_decide(replay: Replay) -> None:
+    # A look-back limits the run of one kind. Where attention (C.C.C.C) and MLP (CC.C.CC) take turns, a step at which
+    # either is skipped follows another for longer than that, and no step has to be computed as a whole for it
+    assert replay(cache(), [None] * 8) == "C......C"

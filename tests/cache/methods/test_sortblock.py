@@ -1,74 +1,34 @@
-"""Sortblock: window, count, share and ranking, worked out by hand."""
+"""Sortblock: window and count, worked out by hand; share and ranking are tests/cache/test_ranking.py."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
-import pytest
-import torch
+from dit_accel.cache import Ranking
+from dit_accel.cache.methods.sortblock import WAN_COEFFICIENTS, cache, forecast
 
-from dit_accel.cache.methods.sortblock import (
-    FLUX_COEFFICIENTS,
-    WAN_COEFFICIENTS,
-    SortblockSettings,
-    SortblockState,
-    decide,
-    least_similar,
-    observe,
-    recompute_share,
-    similarity,
-)
-
-SETTINGS = SortblockSettings(FLUX_COEFFICIENTS, interval=4, share=0.5, start=900.0, end=100.0)
+Replay = Callable[..., str]
 
 
-def test_the_published_polynomials_at_a_hundred() -> None:
-    # FLUX: 5.67621e-4 - 1.36659e-2 + 0.116246 - 0.397725 + 0.361 + 0.56088
-    assert recompute_share(SETTINGS, 100.0) == pytest.approx(0.5 * 0.627302721)
-    # Wan at 0: its constant; at 100: -1.74367e-5 + 1.20871e-3 - 0.0211429 + 0.149777 - 0.453 + 0.4971
-    wan = SortblockSettings(WAN_COEFFICIENTS, 4, 1.0, 900.0, 100.0)
-    assert recompute_share(wan, 0.0) == 0.4971
-    assert recompute_share(wan, 100.0) == pytest.approx(0.1739253733)
+def test_replay_by_hand(replay: Replay) -> None:
+    # 950 lies before the window; 900 800 700 forecast (all blocks at 900, at 800 and 700 but for the chosen ones), 600
+    # full, 500 400 forecast; 99 and 98 lie behind it. A step outside counts as the full one, so the three forecasts
+    # begin at once: with a count that starts anew inside, 900 and 500 would be full: CC...C.CC
+    times = [950.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 99.0, 98.0]
+    assert replay(cache(4, start=900.0, end=100.0), [None] * 9, times=times) == "C...C..CC"
 
 
-def test_the_share_stays_within_a_quantile() -> None:
-    assert recompute_share(SortblockSettings((2.0,), 4, 1.0, 900.0, 100.0), 1.0) == 1.0
-    assert recompute_share(SortblockSettings((-2.0,), 4, 1.0, 900.0, 100.0), 1.0) == 0.0
+def test_the_first_step_is_full_inside_the_window_too(replay: Replay) -> None:
+    times = [1000.0 - 100 * step for step in range(9)]
+    assert replay(cache(4, start=1000.0, end=0.0), [None] * 9, times=times) == "C...C...C"
 
 
-def test_similarity_looks_at_an_eighth_of_the_channels() -> None:
-    full, forecast = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16)
-    full[..., 0], forecast[..., 0] = 1.0, 2.0  # the first token agrees: cosine 1
-    forecast[0, 1, :2] = torch.tensor([0.0, 3.0])  # the second is at a right angle: 0
-    full[..., 5], forecast[..., 5] = 9.0, -9.0  # not looked at
-    assert similarity(full, forecast).item() == pytest.approx(0.5)
+def test_an_interval_of_one_is_always_full(replay: Replay) -> None:
+    assert replay(cache(1, start=1000.0, end=0.0), [None] * 3, times=[900.0, 500.0, 100.0]) == "CCC"
 
 
-def test_ranking_by_hand() -> None:
-    values = [0.9, 0.1, 0.5, 0.7, 0.3]  # sorted .1 .3 .5 .7 .9: the quantile .5 is .5, .25 is .3, .3 is .34
-    assert least_similar(values, 0.5) == {1, 2, 4}
-    assert least_similar(values, 0.25) == least_similar(values, 0.3) == {1, 4}
-    assert least_similar(values, 0.0) == {1}, "as published one block is always at its own quantile"
-    assert least_similar(values, 1.0) == {0, 1, 2, 3, 4}
-    assert least_similar([0.9, math.nan, 0.5], 0.0) == {1, 2}
-    assert least_similar([math.nan, math.nan], 0.0) == {0, 1}
-
-
-def test_replay_by_hand() -> None:
-    everything, nothing, chosen = frozenset(range(5)), frozenset[int](), frozenset({1, 4})
-    state, computed = SortblockState(), []
-    for timestep in (950.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 99.0, 98.0):
-        blocks, state = decide(SETTINGS, state, timestep, 5)
-        computed.append(blocks)
-        if not blocks:
-            state = observe(state, chosen)
-    # before the window; then full, forecast, chosen, chosen, full, forecast; then behind it
-    assert computed == [everything, everything, nothing, chosen, chosen, everything, nothing, everything, everything]
-    assert state == SortblockState()
-
-
-def test_an_interval_of_one_is_always_full() -> None:
-    settings, state = SortblockSettings(FLUX_COEFFICIENTS, 1, 0.5, 1000.0, 0.0), SortblockState()
-    for timestep in (900.0, 500.0, 100.0):
-        blocks, state = decide(settings, state, timestep, 3)
-        assert blocks == {0, 1, 2}
+def test_blocks_are_ranked_one_by_one() -> None:
+    wan = cache(5, 0.7, WAN_COEFFICIENTS)
+    assert wan.ranking == Ranking(WAN_COEFFICIENTS, 0.7)
+    assert (wan.scope.unit, wan.scope.carrier) == ("block", "residual")
+    assert (forecast().predictor, forecast().anchors) == ("newton", 2)

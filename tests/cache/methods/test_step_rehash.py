@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
+from dit_accel.cache import BlockCache
 from dit_accel.cache.methods.step_rehash import (
     JENGA_IMAGE_TO_VIDEO,
     JENGA_STEPS,
     JENGA_TEXT_TO_VIDEO,
     StepRehash,
+    cache,
+    jenga,
     key_steps,
     rescale_steps,
 )
 from dit_accel.errors import PolicyError
 
+Replay = Callable[..., str]
+
 SIMILARITY = [[1.0 - 0.1 * abs(i - j) for j in range(8)] for i in range(8)]
+
+
+def computed_steps(replay: Replay, rule: BlockCache, steps: int) -> list[int]:
+    return [step for step, mark in enumerate(replay(rule, [None] * steps)) if mark == "C"]
 
 
 @pytest.mark.parametrize(
@@ -69,3 +79,16 @@ def test_wrong_input_is_refused() -> None:
         rescale_steps([0, 5], 5, 5)
     with pytest.raises(PolicyError, match="A run of 0 steps is too short"):
         rescale_steps([0], 1, 0)
+
+
+def test_a_list_of_jenga_is_a_mask(replay: Replay) -> None:
+    for keys in (JENGA_TEXT_TO_VIDEO, JENGA_IMAGE_TO_VIDEO):
+        assert computed_steps(replay, jenga(keys), JENGA_STEPS) == list(keys)
+        # a shorter run keeps the places
+        assert computed_steps(replay, jenga(keys), 30) == rescale_steps(keys, JENGA_STEPS, 30)
+    assert computed_steps(replay, jenga(), 99)[:8] == [0, 1, 2, 3, 4, 5, 6, 7]  # 0, .5, 1 ... 3.5 round to 0 ... 4
+
+
+def test_the_first_run_measures_and_the_last_step_is_a_key_step(replay: Replay) -> None:
+    assert (cache(0.9).schedule.calibrate, cache(0.9).schedule.budget) == ("step-rehash", 0.9)
+    assert replay(cache(), [None] * 6) == "C....C"

@@ -1,0 +1,62 @@
+"""Samples: take single samples out of a batched denoiser call, and put their results together again.
+
+A call of R rows serves B samples: R = B, or with guidance in one batch R = 2 B, row r being sample r mod B. What a
+sample needs is then decided, forecast and corrected by itself, so that it does not depend on what it shares a batch
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.denoiser.whole import rebuilder, tensors_in
+
+_SHARED = ("ids", "rotary", "rope", "freqs", "shapes")  # positions: no row of them belongs to a sample
+
+
+def select(value: Any, rows: Sequence[int], count: int, name: str = "") -> Any:
+    """An argument for some rows of a call with `count` rows; what has no row for each stays as it is."""
+    if any(word in name for word in _SHARED):
+        return value
+    if isinstance(value, Tensor):
+        return value[list(rows)] if value.ndim and value.shape[0] == count else value
+    if isinstance(value, list) and len(value) == count and any(isinstance(item, Tensor) for item in value):
+        return [value[row] for row in rows]
+    if isinstance(value, tuple):
+        return type(value)(select(item, rows, count) for item in value) if type(value) is tuple else value
+    if isinstance(value, Mapping):
+        return {key: select(item, rows, count, str(key)) for key, item in value.items()}
+    return value
+
+
+def why_joint(args: Sequence[Any], kwargs: Mapping[str, Any], latent: Tensor | None, samples: int) -> str | None:
+    """Why the rows of a call cannot be told apart by sample; `None` where they can."""
+    if latent is None or not latent.ndim:
+        return "no latents were found among the model's arguments"
+    rows = latent.shape[0]
+    if rows % samples:
+        return f"a call has {rows} rows for {samples} samples"
+    if rows > samples and not all(torch.equal(latent[:samples], part) for part in latent.split(samples)):
+        return "the rows of a call are not the samples, one guidance branch after the other"
+    if any(isinstance(value, list) and len(value) != rows and _holds_tensors(value) for value in kwargs.values()):
+        return "an argument is a list that does not have an entry for each row"
+    return None
+
+
+def join(results: Sequence[Any], order: Sequence[int]) -> Any:
+    """One result out of those of parts of the batch. order: place of each row of the whole in the parts, joined."""
+    columns = zip(*(tensors_in(result) for result in results))
+    return rebuilder(results[0])([torch.cat(list(column))[list(order)] for column in columns])
+
+
+def rows_of(sample: int, rows: int, samples: int) -> list[int]:
+    """Rows of one sample, in the order of the branches."""
+    return list(range(sample, rows, samples))
+
+
+def _holds_tensors(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
