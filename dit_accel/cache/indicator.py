@@ -29,6 +29,12 @@ def elementwise_change(forecast: Tensor, actual: Tensor) -> Tensor:
     return ((forecast - actual).abs() / (actual.abs() + 1e-10)).mean()
 
 
+def similarity(full: Tensor, forecast: Tensor) -> Tensor:
+    """Mean over tokens of the cosine of two residuals [B, N, C], on the first eighth of their channels -> []."""
+    channels = max(1, full.shape[-1] // 8)
+    return torch.cosine_similarity(full[..., :channels].float(), forecast[..., :channels].float(), dim=-1).mean()
+
+
 def finite_flag(tensors: tuple[Tensor, ...]) -> Tensor:
     """[], finite exactly when every element of every tensor [*] is finite; costs no host sync."""
     # vector_norm(t, inf) would do, but takes ten times as long on a CPU (torch 2.13)

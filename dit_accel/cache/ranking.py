@@ -10,9 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from dit_accel.settings import Settings, setting
 
 
@@ -24,12 +21,6 @@ class Ranking(Settings):
         (1.0,), "polynomial of the time step (1000 to 0) for the share, highest power first"
     )
     share: float = setting(0.5, "factor on it, the authors' beta (useful: 0.1 to 1)", minimum=0.0, maximum=1.0)
-
-
-def similarity(full: Tensor, forecast: Tensor) -> Tensor:
-    """Mean over tokens of the cosine of two residuals [B, N, C], on the first eighth of their channels -> []."""
-    channels = max(1, full.shape[-1] // 8)
-    return torch.cosine_similarity(full[..., :channels].float(), forecast[..., :channels].float(), dim=-1).mean()
 
 
 def recompute_share(ranking: Ranking, timestep: float) -> float:
@@ -47,5 +38,14 @@ def least_similar(similarities: Sequence[float], share: float) -> frozenset[int]
     each stream. A similarity that is no number means recompute, and takes no part in the ranking.
     """
     ranked = [value for value in similarities if math.isfinite(value)]
-    bound = torch.tensor(ranked, dtype=torch.float64).quantile(share).item() if ranked else math.inf
+    bound = _quantile(ranked, share) if ranked else math.inf
     return frozenset(k for k, value in enumerate(similarities) if not math.isfinite(value) or value <= bound)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Linear between the ranks."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

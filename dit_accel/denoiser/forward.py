@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dit_accel.cache import BlockCache
 from dit_accel.cache.gate import Verdict, after_compute, after_skip, decide
-from dit_accel.cache.indicator import elementwise_change, finite_flag, mean_absolute, relative_l1
+from dit_accel.cache.indicator import elementwise_change, finite_flag, mean_absolute, relative_l1, similarity
 from dit_accel.cache.methods.magcache import drift
 from dit_accel.cache.methods.seacache import sea_filter
-from dit_accel.cache.ranking import least_similar, recompute_share, similarity
+from dit_accel.cache.ranking import least_similar, recompute_share
 from dit_accel.cache.schedule import is_open, must_compute
 from dit_accel.cache.scope import Range
 from dit_accel.cache.signal import HEAD, PROBE, START
@@ -74,6 +74,7 @@ class Forward:
     signal: tuple[Tensor, ...] = ()
     changes: list[Tensor] = field(default_factory=list)
     similarities: dict[Unit, Tensor] = field(default_factory=dict)
+    ranks: dict[Unit, float] = field(default_factory=dict)
     skipped_layers: list[tuple[int, str]] = field(default_factory=list)
     wasted: int = 0  # blocks run in an attempt that left the contract
 
@@ -371,10 +372,12 @@ class Forward:
         flags = [anchor.finite for anchors in state.units.values() for anchor in anchors]
         controlled = cache.reference == "corrector"
         change = self._change() if cache.is_gated else None
-        if isinstance(change, Tensor):
-            *finite, value = torch.stack([*flags, change.to(flags[0])]).tolist()
-        else:
-            finite, value = torch.stack(flags).tolist(), change
+        ranked = list(state.similarities.values())  # read along with the rest, so that nothing waits twice
+        asked = [*ranked, *([change] if isinstance(change, Tensor) else [])]
+        known = torch.stack([*flags, *(one.to(flags[0]) for one in asked)]).tolist()
+        finite, values = known[: len(flags)], known[len(flags) :]
+        self.ranks = dict(zip(state.similarities, values))
+        value = values[-1] if isinstance(change, Tensor) else change
         if not all(map(math.isfinite, finite)):
             return Verdict(True, "non-finite anchor", value)
         if cache.reference == "forecast":
@@ -458,7 +461,7 @@ class Forward:
 
     def _odd(self, contract: Contract, chosen: list[Range], share: float) -> frozenset[Unit]:
         """Sortblock: the ranges whose forecast moved farthest, ranked within each list of blocks."""
-        known = {unit: float(value) for unit, value in self.state.similarities.items()}
+        known = self.ranks
         found: set[Unit] = set()
         for owner in dict.fromkeys(contract.owners):
             own = [one for one in chosen if contract.owners[one[0]] == owner and one in known]

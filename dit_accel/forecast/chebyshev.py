@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dit_accel.forecast.weights import newton_weights
 
@@ -27,9 +26,9 @@ def chebyshev_weights(
     degree = min(order, len(u) - 1)
     table = _polynomials([*u, v], degree, limits)
     known, asked = table[:-1], table[-1]
-    shrink = ridge * torch.eye(degree + 1, dtype=torch.float64)
+    shrink = ridge * np.eye(degree + 1)
     shrink[0, 0] = 0.0
-    return (known @ torch.linalg.solve(known.T @ known + shrink, asked)).tolist()
+    return (known @ np.linalg.solve(known.T @ known + shrink, asked)).tolist()
 
 
 def blended_weights(
@@ -40,11 +39,11 @@ def blended_weights(
     return [share * a + (1 - share) * b for a, b in zip(smooth, straight)]
 
 
-def _polynomials(points: Sequence[float], degree: int, limits: tuple[float, float]) -> Tensor:
-    """T_0 to T_degree at the points, limits mapped to -1 and 1 -> [N, degree + 1] float64."""
+def _polynomials(points: Sequence[float], degree: int, limits: tuple[float, float]) -> np.ndarray:
+    """T_0 to T_degree at the points, limits mapped to -1 and 1 -> [N, degree + 1]."""
     low, high = limits
-    x = (2 * torch.tensor(points, dtype=torch.float64) - low - high) / (high - low)
-    columns = [torch.ones_like(x), x]
+    x = (2 * np.array(points, dtype=np.float64) - low - high) / (high - low)
+    columns = [np.ones_like(x), x]
     while len(columns) <= degree:
         columns.append(2 * x * columns[-1] - columns[-2])
-    return torch.stack(columns[: degree + 1], dim=1)
+    return np.stack(columns[: degree + 1], axis=1)

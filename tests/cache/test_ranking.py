@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from dit_accel.cache.indicator import similarity
 from dit_accel.cache.methods.sortblock import FLUX_COEFFICIENTS, WAN_COEFFICIENTS
-from dit_accel.cache.ranking import Ranking, least_similar, recompute_share, similarity
+from dit_accel.cache.ranking import Ranking, least_similar, recompute_share
 
 
 def test_the_published_polynomials_at_a_hundred() -> None:
