@@ -31,7 +31,7 @@ _PREDICTORS = {
     "chebyshev": "Chebyshev polynomials to degree {order}, fitted to the last {anchors} computed steps (Spectrum)",
     "taylor": "TaylorSeer's published formula of order {order} over the last {anchors} computed steps",
 }
-_COORDINATES = {"step": "the step number", "sigma": "the scheduler's noise level"}
+_COORDINATES = {"step": "the step number", "sigma": "the scheduler's noise level", "log-snr": "its log-SNR"}
 
 
 def explain(

@@ -18,6 +18,7 @@ from dit_accel.cache.step_control import StepControl
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.contract import Contract
 from dit_accel.forecast.corrector import Corrector
+from dit_accel.forecast.predictors import Kind
 
 Unit = Hashable
 """What is remembered by itself: MODEL, a range of places in the stack, or (place, name) of a layer in a block."""
@@ -27,11 +28,21 @@ MODEL, VERIFIED = "model", "verified"
 @dataclass(frozen=True)
 class Anchor:
     """A computed step of one unit. coordinate: where on the forecast's axis; values: for each output of the unit, its
-    residual or absolute value [B, S, D], or `None`; finite: [] flag."""
+    residual or absolute value [B, S, D], or `None`; finite: [] flag; kinds: dtype and device that the values had before
+    they were put away, empty where they are kept as they were."""
 
     coordinate: float
     values: tuple[Tensor | None, ...]
     finite: Tensor
+    kinds: tuple[Kind | None, ...] = ()
+
+    def put_away(self, storage: str) -> Anchor:
+        """The same, kept in half the memory or in that of the CPU."""
+        if storage == "same":
+            return self
+        kinds = tuple(None if value is None else (value.dtype, value.device) for value in self.values)
+        stored = tuple(None if value is None else _stored(value, storage) for value in self.values)
+        return Anchor(self.coordinate, stored, self.finite, kinds)
 
 
 @dataclass
@@ -100,6 +111,12 @@ class BranchState:
         held += [tensor for _, tensors in self.signals for tensor in tensors]
         held += [*(self.previous or ()), *(self.seen_io or ()), *self.side]
         yield from {id(tensor): tensor for tensor in held if tensor is not None}.values()
+
+
+def _stored(value: Tensor, storage: str) -> Tensor:
+    if storage == "host":
+        return value.to("cpu")
+    return value.to(torch.bfloat16) if value.dtype in (torch.float32, torch.float64) else value
 
 
 def _differ(a: float, b: float) -> bool:

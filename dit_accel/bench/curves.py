@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dit_accel.bench.measure import Result, Workload, load_workload, magnitude_ratios
-from dit_accel.bench.methods import Method, methods
+from dit_accel.bench.methods import Method, methods, published
 from dit_accel.bench.results import read_results, versions, write_results
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.errors import ArgumentError, UnsupportedModelError
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="measure families whose name contains this, keep the others' rows")
+    parser.add_argument("--published", action="store_true", help="measure the named methods instead, at their defaults")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -40,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.pipeline, arguments.steps, arguments.guidance, arguments.items, arguments.prompts
     )
     skipped: dict[str, str] = {}
-    try:
-        ratios = magnitude_ratios(workload)
-    except UnsupportedModelError as error:
-        ratios, skipped["diffusers MagCache"] = None, str(error)
-        print(f"diffusers MagCache is left out: {error}.")
-    chosen = methods(arguments.steps, workload.branches, ratios)
-    stem = f"bench-guidance-{arguments.guidance:g}"
+    ratios = None
+    if not arguments.published and arguments.only in "diffusers MagCache":
+        try:
+            ratios = magnitude_ratios(workload)
+        except UnsupportedModelError as error:
+            skipped["diffusers MagCache"] = str(error)
+            print(f"diffusers MagCache is left out: {error}.")
+    chosen = published() if arguments.published else methods(arguments.steps, workload.branches, ratios)
+    stem = f"{'published' if arguments.published else 'bench'}-guidance-{arguments.guidance:g}"
     kept, kept_about = recorded(arguments.out / stem, workload, arguments.only) if arguments.only else ([], {})
     results = measure_all(workload, [method for method in chosen if arguments.only in method.family], skipped)
     about = {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import dit_accel
 from dit_accel import BlockCache, Policy
 from dit_accel.bench.methods import Method
+from dit_accel.cache import Schedule, Scope
 from dit_accel.calls import Caller
 from dit_accel.cli import call_defaults, load_pipeline
 from dit_accel.denoiser.find import find_block_lists, find_denoisers
@@ -46,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block stands in its denoiser, the path of a leaf that runs whenever the block does, and its cost."""
+    """A part of a denoiser: a layer of a block, or the rest of it. leaf: path of a leaf that runs whenever it does."""
 
     denoiser: str
     leaf: str
@@ -75,9 +76,15 @@ class WorkCounter:
             handle.remove()
 
 
-def find_blocks(name: str, denoiser: nn.Module, flops: Sequence[int], ran: Sequence[nn.Module]) -> list[Block]:
-    """The blocks of a denoiser. flops: of each block call of its first forward; ran: every block and linear layer that
-    ran, one after another.
+def find_blocks(
+    name: str,
+    denoiser: nn.Module,
+    flops: Sequence[int],
+    ran: Sequence[nn.Module],
+    layers: Mapping[nn.Module, int] | None = None,
+) -> list[Block]:
+    """The blocks of a denoiser, and their layers. flops: of each block call of its first forward; ran: every block and
+    linear layer that ran, one after another; layers: FLOPs of the attention and MLPs inside blocks, counted apart.
 
     The leaf is the first linear layer that ran as often as its block; DiT also uses one of its first block by itself.
     """
@@ -89,10 +96,19 @@ def find_blocks(name: str, denoiser: nn.Module, flops: Sequence[int], ran: Seque
         blocks[block] += cost
     found = []
     for block, cost in blocks.items():
-        leaves = [m for m in block.modules() if isinstance(m, nn.Linear) and counts[m] == counts[block]]
-        if not leaves:
-            raise UnsupportedModelError(f"{paths[block]} of {name} has no linear layer that tells when the block runs")
-        found.append(Block(name, paths[leaves[0]], cost))
+        own = {layer: count for layer in block.children() if (count := (layers or {}).get(layer, 0))}
+        inside = {module for layer in own for module in layer.modules()}
+        parts = [(block, cost - sum(own.values()), lambda m, inside=inside: m not in inside)]
+        parts += [(layer, float(count), lambda m: True) for layer, count in own.items()]
+        for part, share, counts_here in parts:
+            leaves = [m for m in part.modules() if isinstance(m, nn.Linear) and counts[m] == counts[block]]
+            leaf = next(filter(counts_here, leaves), None)
+            if leaf is not None:
+                found.append(Block(name, paths[leaf], share))
+            elif share > 0.0:
+                raise UnsupportedModelError(
+                    f"{paths[part]} of {name} has no linear layer of its own that tells when it runs"
+                )
     return found
 
 
@@ -118,11 +134,19 @@ class Workload:
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        """Every block of every denoiser, with its FLOPs, found in one run."""
+        """Every block of every denoiser and the layers in it, with their FLOPs, found in one run."""
+        try:
+            return self._blocks(Scope("layers"))
+        except UnsupportedModelError:  # no layers that can be told apart
+            return self._blocks(Scope())
+
+    def _blocks(self, scope: Scope) -> list[Block]:
         denoisers = find_denoisers(self.pipe)
         ran: dict[str, list[nn.Module]] = {name: [] for name in denoisers}
+        computed = Schedule(mask="1")  # every step is: what is counted is a plain forward
+        policy = Policy(BlockCache(threshold=None, scope=scope, schedule=computed))
         with contextlib.ExitStack() as stack:
-            session = stack.enter_context(dit_accel.apply(self.pipe, Policy(BlockCache(threshold=None, max_skips=1))))
+            session = stack.enter_context(dit_accel.apply(self.pipe, policy))
             for name, denoiser in denoisers.items():
                 blocks = [block for blocks in find_block_lists(denoiser).values() for block in blocks]
                 for module in (*blocks, *(m for block in blocks for m in block.modules() if isinstance(m, nn.Linear))):
@@ -131,8 +155,9 @@ class Workload:
             self.image(0, self.steps)
             found: list[Block] = []
             for name, denoiser in denoisers.items():
-                _, flops = next(iter(session.denoisers[name].meter.tables.values()), (0, ()))
-                found += find_blocks(name, denoiser, flops, ran[name])
+                attached = session.denoisers[name]
+                _, flops = next(iter(attached.meter.tables.values()), (0, ()))
+                found += find_blocks(name, denoiser, flops, ran[name], attached.layer_flops())
         return found
 
     @functools.cached_property

@@ -87,8 +87,24 @@ def cache_dit(calibrator: str | None = None, mask: str | None = None, **settings
     return attach
 
 
+def published() -> list[Method]:
+    """Every named method of ours at its default, and those that have a threshold at half and twice of it too."""
+    rows = []
+    for name in dit_accel.policies():
+        policy = Policy.named(name)
+        if name in ("exact", "quality", "balanced", "fast") or policy.cache is None:
+            continue
+        threshold = policy.cache.threshold
+        factors = (1.0,) if threshold is None else (0.5, 1.0, 2.0)
+        for factor in factors:
+            changed = policy if factor == 1.0 else Policy.named(name, threshold=(threshold or 0.0) * factor)
+            setting = "published" if threshold is None else f"{(threshold or 0.0) * factor:g}"
+            rows.append(Method(f"dit_accel {name}", setting, ours(changed)))
+    return rows
+
+
 def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Method]:
-    """Every setting that is measured. branches: guidance makes two calls a step; mag_ratios: `None` is no MagCache."""
+    """Presets and rivals, swept. branches: guidance makes two calls a step; mag_ratios: `None` is no MagCache."""
     from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     rows = [Method("fewer steps", f"{n} steps", plain, n) for n in (8, 10, 12, 15, 17, 20, 25, 30)]
@@ -116,7 +132,7 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
         rows.append(Method("cache-dit mask, Taylor 1", mask, cache_dit("taylor", mask, **shared)))
     for name in ("quality", "balanced", "fast"):
         rows.append(Method(f"dit_accel {name}", "preset", ours(name)))
-    for tolerance in (0.0005, 0.001, 0.0015, 0.003, 0.006, 0.02):
+    for tolerance in (0.0005, 0.001, 0.0015, 0.003, 0.006, 0.02, 0.04):
         swept = Policy.named("balanced", threshold=tolerance)
         rows.append(Method("dit_accel corrected", f"{tolerance}", ours(swept)))
     for tolerance in (0.006, 0.02):
@@ -132,6 +148,4 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
             cache = BlockCache(threshold=None, max_skips=skips, warmup=3, tail=1)
             attach = ours(Policy(cache, Forecast("newton", order=order)))
             rows.append(Method(f"dit_accel fixed, Newton {order}", f"skip {skips}", attach))
-    for name in ("fbcache", "fora", "taylorseer"):
-        rows.append(Method(f"dit_accel {name}", "published", ours(name)))
     return rows

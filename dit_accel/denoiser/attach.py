@@ -139,6 +139,12 @@ class AttachedDenoiser:
 
         return cache_context
 
+    def layer_flops(self) -> dict[nn.Module, int]:
+        """FLOPs of each layer inside a block that the first observed forward found; empty unless the unit is layers."""
+        return {
+            getattr(self.blocks[number][0], name): count for (number, name), count in self.meter.first_layers.items()
+        }
+
     # ----------------------------------------------------------------------------------------------- one forward
 
     def call(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -298,7 +304,13 @@ class AttachedDenoiser:
     def _learn(self, observer: Observer, run: RunState, key: Any) -> None:
         contract = observer.contract()
         run.contracts[self.name, key] = contract
-        self.meter.layers.setdefault(key, observer.layer_flops(contract))
+        if key not in self.meter.layers:
+            layers = observer.layer_flops(contract)
+            self.meter.layers[key] = layers
+            numbers = {place: contract.sequence[position] for place, position in enumerate(contract.stack)}
+            self.meter.first_layers = self.meter.first_layers or {
+                (numbers[place], name): count for (place, name), count in layers.items()
+            }
         self.meter.keep(
             key, [call.flops for call in observer.calls], [call.block for call in observer.calls], self.blocks
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 # A step with more calls than this and no scheduler step has a scheduler that we cannot see (a copy, say).
 _MOST_CALLS_A_STEP = 8
+LEAST_SIGMA = 1e-3  # the log-SNR is taken no nearer to either end, where it is infinite
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StepInfo:
 
     def coordinate(self, kind: str) -> float:
         """Where the step lies on an axis; the step's number where the noise level is not known."""
-        return self.sigma if kind == "sigma" and self.sigma is not None else float(self.step)
+        return coordinate_of(kind, self.step, self.sigma)
 
 
 class Clock:
@@ -57,9 +58,9 @@ class Clock:
         self.ticked = self.ended = True
 
     def coordinate(self, kind: str) -> float:
-        """Where the current step lies. kind: "step" or "sigma"; the step's number where no sigma is known."""
+        """Where the current step lies on one of `COORDINATES`."""
         known = self.sigmas is not None and self.step < len(self.sigmas)
-        return self.sigmas[self.step] if self.sigmas and known and kind == "sigma" else float(self.step)
+        return coordinate_of(kind, self.step, self.sigmas[self.step] if self.sigmas and known else None)
 
     def clean(self) -> tuple[float, float] | None:
         """(p, q) of the current step's clean estimate p * sample + q * output; `None` where it is not known."""
@@ -113,6 +114,17 @@ class Clock:
         levels = noise_levels(self.scheduler)
         self.sigmas = levels[begin:] if levels is not None else None
         self.times = [float(time) for time in times.tolist()[begin:]]
+
+
+def coordinate_of(kind: str, step: int, sigma: float | None) -> float:
+    """Where a step lies: its number, its noise level, or log((1 - sigma) / sigma); its number where sigma is not
+    known."""
+    if kind == "step" or sigma is None:
+        return float(step)
+    if kind == "sigma":
+        return sigma
+    bounded = min(max(sigma, LEAST_SIGMA), 1 - LEAST_SIGMA)
+    return math.log((1 - bounded) / bounded)
 
 
 def noise_levels(scheduler: Any) -> list[float] | None:

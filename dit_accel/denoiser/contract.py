@@ -35,8 +35,9 @@ class Contract:
     stack that may be skipped; roles: for each position of the stack, the argument that each output continues (`None`
     for one that continues none); structured: positions that return a tuple; stream: output of the probe that the
     indicator looks at, and the argument of the head that it continues; owners: the list that each place's block
-    belongs to; written_between: the model writes into outputs of blocks; layers: (place, name) -> kind of the layers
-    inside blocks that may be skipped; refusal: why nothing can be skipped.
+    belongs to; possible_residuals: for each range, which outputs of its last block have the shape of what goes into it;
+    layers: (place, name) -> kind of the layers inside blocks that may be skipped; repeated: positions whose block
+    repeats one row for a batch, (output, rows) pairs; refusal: why nothing can be skipped.
     """
 
     sequence: tuple[int, ...]
@@ -47,8 +48,9 @@ class Contract:
     structured: frozenset[int] = frozenset()
     stream: tuple[int, Key] = (0, 0)
     owners: tuple[str, ...] = ()
-    written_between: bool = False
+    possible_residuals: Mapping[Range, tuple[bool, ...]] = field(default_factory=dict)
     layers: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    repeated: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     refusal: str | None = None
 
     @cached_property
@@ -63,12 +65,13 @@ class Contract:
     def entry(self, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What goes into a block, in the order of its outputs; `None` for an output that continues none of it."""
         try:
-            values = tuple(None if key is None else argument(key, args, kwargs) for key in self.roles[position])
-            rows = max((value.shape[0] for value in values if value is not None), default=1)
-            # one text for several pictures: the first block repeats it
-            return tuple(v if v is None or v.shape[0] == rows else v.expand(rows, *v.shape[1:]) for v in values)
+            values = [None if key is None else argument(key, args, kwargs) for key in self.roles[position]]
         except (IndexError, KeyError):
             raise ContractChanged(f"block call {position} lacks the argument that it had") from None
+        for number, rows in self.repeated.get(position, ()):
+            value = values[number]
+            values[number] = None if value is None else value.expand(rows, *value.shape[1:])
+        return tuple(values)
 
     def is_structured(self, one: Range) -> bool:
         """True where the last block of a range returns a tuple."""
@@ -76,13 +79,8 @@ class Contract:
 
     def residuals(self, one: Range, carrier: str = "residual") -> tuple[bool, ...]:
         """For each output of a range's last block: is its residual to what goes into the range kept, or itself?"""
-        first, last = (self.roles[self.stack[place]] for place in one)
-        same = self.is_structured(one) == (self.stack[one[0]] in self.structured)
-        possible = carrier == "residual" and same and not self.written_between
-        return tuple(
-            possible and key is not None and number < len(first) and first[number] is not None
-            for number, key in enumerate(last)
-        )
+        possible = self.possible_residuals[one]
+        return possible if carrier == "residual" else tuple(False for _ in possible)
 
     def values(
         self, one: Range, entry: tuple[Tensor | None, ...], outputs: tuple[Any, ...], carrier: str
@@ -93,7 +91,7 @@ class Contract:
             before = entry[number] if residual else None
             if output is None:
                 kept.append(None)
-            elif before is None or before.shape != output.shape:
+            elif before is None:
                 kept.append(output.clone())  # the model may go on to write into its own tensor
             else:
                 kept.append(output - before)
@@ -272,8 +270,38 @@ class Observer:
             frozenset(position for position in stack if self.calls[position].structured),
             stream,
             tuple(self.calls[position].owner for position in stack),
-            self.written_between,
+            {one: self._residuals(stack, one, roles) for one in possible},
             self._layers(places),
+            {position: found for position in stack if (found := self._repeated(position, roles[position]))},
+        )
+
+    def _residuals(self, stack: list[int], one: Range, roles: list[list[Key | None]]) -> tuple[bool, ...]:
+        """Which outputs of a range's last block can be told as residuals to what goes into the range: the outputs of
+        the block before it, or in front of the first the inputs that it continues."""
+        first, tail = stack[one[0]], self.calls[stack[one[1]]]
+        if one[0]:
+            head = self.calls[stack[one[0] - 1]]
+            before, structured = head.outputs, head.structured
+        else:
+            head = self.calls[first]
+            before = [None if key is None else head.inputs[key] for key in roles[first]]
+            structured = head.structured
+        if self.written_between or structured != tail.structured:
+            return tuple(False for _ in tail.outputs)
+        pairs = [(out, before[number] if number < len(before) else None) for number, out in enumerate(tail.outputs)]
+        return tuple(
+            out is not None and source is not None and (source.like(out) or source.repeats_to(out))
+            for out, source in pairs
+        )
+
+    def _repeated(self, position: int, roles: list[Key | None]) -> tuple[tuple[int, int], ...]:
+        """Outputs that repeat one row of what they continue, with their rows: one text for several pictures."""
+        call = self.calls[position]
+        pairs = enumerate(zip(call.outputs, roles))
+        return tuple(
+            (number, out.shape[0])
+            for number, (out, key) in pairs
+            if out is not None and key is not None and not call.inputs[key].like(out)
         )
 
     def _skippable(self, places: int) -> set[Range]:

@@ -56,6 +56,7 @@ class FlopMeter:
         self.module = module
         self.tables: dict[Any, tuple[int, tuple[int, ...]]] = {}  # key -> FLOPs of the forward, and of each block call
         self.layers: dict[Any, Mapping[tuple[int, str], int]] = {}  # key -> FLOPs of the layers inside blocks
+        self.first_layers: Mapping[tuple[int, str], int] = {}  # (block, name) -> the same, of the first shape
         self.source = "parameters" if hides_from_counters(module) else "measured"
         self._counter: _Counter | None = None
         self._total = 0

@@ -70,6 +70,7 @@ class Forward:
     skipping: bool = False
     plan: dict[int, Range] = field(default_factory=dict)  # places that are skipped -> the range they belong to
     entries: dict[Range, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    outputs: tuple[Any, ...] = ()  # of the last block of the stack that ran or was skipped
     inputs: tuple[Tensor, ...] = ()  # of the first block, what the probe is a residual to
     signal: tuple[Tensor, ...] = ()
     changes: list[Tensor] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Forward:
             self._at_head(contract, args, kwargs)
         for one in self._ranges(contract):
             if one[0] == place:
-                self.entries[one] = contract.entry(position, args, kwargs)
+                self.entries[one] = self.outputs if place else contract.entry(position, args, kwargs)
         if place in self.plan:
             return self._skip(contract, place, args, kwargs)
         self.place = place
@@ -138,9 +139,7 @@ class Forward:
             anchors = self.state.units.get(unit)
             if anchors:
                 self.skipped_layers.append((place, name))
-                columns = zip(*(anchor.values for anchor in anchors))
-                weights = self._weights(unit)
-                return self.state.builders[unit]([combine(weights, [v for v in c if v is not None]) for c in columns])
+                return self.state.builders[unit](self._stand_in(unit))
         result = run()
         self.state.builders[unit] = rebuilder(result)
         self._remember(unit, tuple(value.clone() for value in tensors_in(result)), kind)
@@ -169,14 +168,18 @@ class Forward:
         self.symbols.append(SYMBOLS[self.decision])
         one = self.plan[place]
         if place < one[1]:
-            return contract.pass_through(contract.stack[place], args, kwargs)
-        return self._predict(contract, one)
+            result = contract.pass_through(contract.stack[place], args, kwargs)
+        else:
+            result = self._predict(contract, one)
+        self.outputs = outputs_of(result)
+        return result
 
     def _after(self, contract: Contract, place: int, outputs: tuple[Any, ...]) -> None:
         """A block of the stack has run: a probe to decide by, the end of a range to remember, a layer count to
         close."""
         cache = self.cache
         assert cache is not None
+        self.outputs = outputs
         if cache.scope.has_layers:
             self._mark_layers(contract, place)
         if place == cache.probe_blocks - 1 and self.verdict is None:
@@ -241,10 +244,7 @@ class Forward:
             return None
         self.position = len(contract.sequence)
         self.symbols = [SYMBOLS[self.decision]] * self.position
-        weights = self._weights(MODEL)
-        columns = zip(*(anchor.values for anchor in state.units[MODEL]))
-        bases = (self.latent if state.is_residual else None, *[None] * 99)
-        return state.rebuild([combine(weights, [v for v in c if v is not None], b) for c, b in zip(columns, bases)])
+        return state.rebuild(self._stand_in(MODEL, [self.latent] if state.is_residual else []))
 
     def ran_whole(self, result: Any) -> None:
         """This sample was computed together with others, blocks and all."""
@@ -508,36 +508,37 @@ class Forward:
 
     def _predict(self, contract: Contract, one: Range) -> Any:
         """The outputs of a skipped range: its input + forecast residual, or the forecast itself."""
-        anchors, entry = self.state.units[one], self.entries.pop(one)
-        weights = self._weights(one)
+        entry = self.entries.pop(one)
         assert self.cache is not None
-        results: list[Tensor | None] = []
-        for number, source in enumerate(contract.residuals(one, self.cache.scope.carrier)):
-            values = [value for anchor in anchors if (value := anchor.values[number]) is not None]
-            if not values:
-                results.append(None)
-            elif len(values) < len(anchors):
-                raise ContractChanged(f"output {number} of the last block was missing in some steps")
-            else:
-                results.append(combine(weights, values, entry[number] if source else None))
+        residuals = contract.residuals(one, self.cache.scope.carrier)
+        results = self._stand_in(one, [entry[n] if residual else None for n, residual in enumerate(residuals)])
         if self.cache.ranking is not None and self.state.gate.skips == 1:
-            self._rank(one, anchors, weights, contract)
+            # Sortblock: how near the forecast residual is to the last one that was computed
+            number, newest = contract.stream[0], self.state.units[one][-1].values[contract.stream[0]]
+            forecast = self._stand_in(one)[number]
+            if newest is not None and forecast is not None:
+                self.similarities[one] = similarity(newest.to(forecast), forecast)
         return tuple(results) if contract.is_structured(one) else results[0]
 
-    def _rank(self, one: Range, anchors: list[Anchor], weights: list[float], contract: Contract) -> None:
-        """Sortblock: how near the forecast residual is to the last one that was computed."""
-        column = [value for anchor in anchors if (value := anchor.values[contract.stream[0]]) is not None]
-        if column:
-            self.similarities[one] = similarity(column[-1], combine(weights, column))
+    def _stand_in(self, unit: Unit, bases: Sequence[Tensor | None] = ()) -> list[Any]:
+        """The forecast of each output of a unit, on top of its base if it has one; `None` for an output that is
+        `None`."""
+        anchors, weights = self.state.units[unit], self._weights(unit)
+        results: list[Tensor | None] = []
+        for number, column in enumerate(zip(*(anchor.values for anchor in anchors))):
+            values = [value for value in column if value is not None]
+            if values and len(values) < len(anchors):
+                raise ContractChanged(f"output {number} of a skipped unit was missing in some steps")
+            base = bases[number] if number < len(bases) else None
+            kind = anchors[-1].kinds[number] if anchors[-1].kinds else None
+            results.append(combine(weights, values, base, kind) if values else None)
+        return results
 
     def _verify(self, contract: Contract, outputs: tuple[Any, ...]) -> None:
         """SpeCa: on a skipped step the last block's output tells how good its own forecast would have been."""
         output = outputs[contract.stream[0]]
         if self.skipping and VERIFIED in self.state.units:
-            forecast = combine(
-                self._weights(VERIFIED), [a.values[0] for a in self.state.units[VERIFIED] if a.values[0] is not None]
-            )
-            self.state.change = elementwise_change(forecast, output)
+            self.state.change = elementwise_change(self._stand_in(VERIFIED)[0], output)
         else:
             self._remember(VERIFIED, (output.clone(),))
 
@@ -553,10 +554,11 @@ class Forward:
             largest = max(range(len(values)), key=lambda n: -1 if values[n] is None else values[n].numel())  # type: ignore[union-attr]
             now, earlier = values[largest], before[-1].values[largest]
             if now is not None and earlier is not None:
-                self.changes.append(relative_l1(now, earlier))
+                self.changes.append(relative_l1(now, earlier.to(now)))
         if self.recorder is not None:
             self.recorder(unit, values)
-        state.remember(unit, Anchor(self._coordinate(), values, finite_flag(present)), self.forecast.anchors)
+        anchor = Anchor(self._coordinate(), values, finite_flag(present)).put_away(self.forecast.storage)
+        state.remember(unit, anchor, self.forecast.anchors)
 
     def _is_measured(self, unit: Unit, kind: str) -> bool:
         """True where the signal "units" looks at this one."""

@@ -16,6 +16,7 @@ from dit_accel.forecast.hermite import hermite_weights
 from dit_accel.forecast.settings import Forecast
 from dit_accel.forecast.weights import damped_weights, reuse_weights, table_weights, taylor_weights
 
+Kind = tuple[torch.dtype, torch.device]
 Limits = tuple[float, float]  # coordinates of the first and the last step of a run
 UNIT: Limits = (0.0, 1.0)
 
@@ -71,19 +72,23 @@ def weights_for(
     return WEIGHTS[forecast.predictor](forecast, Asked(u, v, degree, limits, evidence, step))
 
 
-def combine(weights: Sequence[float], anchors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-    """base + sum_j w_j * anchors[j], all of one shape [*], summed in fp32 and returned in the anchors' dtype.
+def combine(
+    weights: Sequence[float], anchors: Sequence[Tensor], base: Tensor | None = None, kind: Kind | None = None
+) -> Tensor:
+    """base + sum_j w_j * anchors[j], all of one shape [*], summed in fp32.
+
+    kind: dtype and device of the result; default those of the anchors.
 
     Weights reach 3 to 6 in size and cancel, so half-precision sums would drown the forecast in rounding.
     """
-    dtype = anchors[-1].dtype
+    dtype, device = kind or (anchors[-1].dtype, anchors[-1].device)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     used = [(w, a) for w, a in zip(weights, anchors) if w != 0.0]
     if base is None:
         weight, anchor = used.pop()
-        total = anchor.to(wide) * weight
+        total = anchor.to(device, wide) * weight
     else:
         total = base.to(wide)
     for weight, anchor in used:
-        total = torch.add(total, anchor.to(wide), alpha=weight)
+        total = torch.add(total, anchor.to(device, wide), alpha=weight)
     return total.to(dtype)

@@ -8,7 +8,7 @@ from dit_accel.errors import PolicyError, shown
 from dit_accel.settings import Settings, setting
 
 PREDICTORS = ("reuse", "newton", "taylor", "hermite", "chebyshev", "foca", "aligned", "regressed", "learned")
-COORDINATES = ("step", "sigma")
+COORDINATES = ("step", "sigma", "log-snr")
 # Settings that one predictor alone reads, with the value that leaves it as it is published.
 _OWN: dict[str, tuple[tuple[str, ...], float | None]] = {
     "damping": (("newton", "regressed"), 0.0),
@@ -38,7 +38,9 @@ class Forecast(Settings):
         1, "degree of the polynomial; each order keeps one more residual in memory", minimum=0, maximum=4
     )
     coordinate: str = setting(
-        "step", "what the polynomial runs over: step index, or the scheduler's noise level", choices=COORDINATES
+        "step",
+        "what the polynomial runs over: step index, the scheduler's noise level, or its log-SNR",
+        choices=COORDINATES,
     )
     history: int | None = setting(
         None, "residuals kept in memory; null keeps order + 1; only chebyshev makes use of more", minimum=1, maximum=100
@@ -60,6 +62,11 @@ class Forecast(Settings):
     )
     blend: float = setting(
         1.0, "chebyshev: its share; the rest is a straight line through the last two", minimum=0.0, maximum=1.0
+    )
+    storage: str = setting(
+        "same",
+        "how residuals are kept: same as computed; half: in bfloat16; host: in the memory of the CPU",
+        choices=("same", "half", "host"),
     )
     table: tuple[tuple[float, ...], ...] | None = setting(
         None, "learned: a row for each step, weights of the newest residuals, oldest first"
