@@ -61,14 +61,14 @@ class Policy(Settings):
     def named(name: str, **overrides: Any) -> Policy:
         """A preset or published method by name; overrides are settings of its cache or forecast, or whole fields.
 
+        "teacache:mochi" is a method with what was published for that family of models.
+
         >>> Policy.named("balanced", threshold=0.2).cache.threshold
         0.2
         """
-        from dit_accel.presets import PRESETS
+        from dit_accel import presets
 
-        if name not in PRESETS:
-            raise PolicyError(f"There is no policy named {name!r}; {nearest(name, PRESETS)}.")
-        policy = PRESETS[name].policy
+        policy = presets.named(name)
         whole = {key: overrides.pop(key, getattr(policy, key)) for key in ("cache", "forecast")}
         parts = {key: value.to_dict() for key, value in whole.items() if isinstance(value, Settings)}
         owners = [*parts.values(), *(v for part in parts.values() for v in part.values() if isinstance(v, dict))]

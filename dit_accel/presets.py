@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from dit_accel.cache import BlockCache, Scope
+from dit_accel.errors import PolicyError, nearest
 from dit_accel.forecast import Forecast
 from dit_accel.policy import Policy
 
@@ -35,6 +36,45 @@ def _method(name: str, parts: Callable[[Any], tuple[BlockCache, Forecast | None]
     """A published method. name: of its module, which is loaded when the policy is asked for: some need a framework.
     parts: what of it makes the policy."""
     return lambda: Policy(*parts(importlib.import_module(f"dit_accel.cache.methods.{name}")))
+
+
+def _family(name: str, parts: Callable[[Any, Any], tuple[BlockCache, Forecast | None]]) -> Callable[[str], Policy]:
+    """A published method with what its `PUBLISHED` says for a family of models. parts: (module, entry) -> the
+    policy's."""
+
+    def make(family: str) -> Policy:
+        module = importlib.import_module(f"dit_accel.cache.methods.{name}")
+        if family not in module.PUBLISHED:
+            raise PolicyError(
+                f"Nothing is published of {name!r} for models named {family!r}; {nearest(family, module.PUBLISHED)}."
+            )
+        return Policy(*parts(module, family if name == "teacache" else module.PUBLISHED[family]))
+
+    return make
+
+
+# "name:family" is the method as published for that family of models, such as "teacache:mochi".
+FAMILIES: dict[str, Callable[[str], Policy]] = {
+    "cg-taylor": _family("cg_taylor", lambda m, entry: (m.cache(*entry), m.forecast())),
+    "dicache": _family("dicache", lambda m, entry: (m.cache(*entry), m.forecast())),
+    "easycache": _family("easycache", lambda m, entry: (m.cache(*entry), None)),
+    "magcache": _family("magcache", lambda m, entry: (m.cache(*entry), None)),
+    "speca": _family("speca", lambda m, entry: (m.cache(*entry[:-1]), m.forecast(entry[-1]))),
+    "taylorseer": _family("taylorseer", lambda m, entry: (m.cache(*entry[:-1]), m.forecast(entry[-1]))),
+    "teacache": _family("teacache", lambda m, family: (m.cache(family), None)),
+}
+
+
+def named(name: str) -> Policy:
+    """The policy of a name, or of "name:family"."""
+    method, colon, family = name.partition(":")
+    if not colon and name in PRESETS:
+        return PRESETS[name].policy
+    if colon and method in FAMILIES:
+        return FAMILIES[method](family)
+    if colon and method in PRESETS:
+        raise PolicyError(f"{method!r} has no settings of its own for families of models; leave out {':' + family!r}.")
+    raise PolicyError(f"There is no policy named {name!r}; {nearest(name, PRESETS)}.")
 
 
 PRESETS: dict[str, Preset] = {

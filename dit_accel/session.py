@@ -18,7 +18,7 @@ from dit_accel.denoiser.samples import join, select
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
 from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
-from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, attributes_of, bind, restore
+from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, adds_noise, attributes_of, bind, restore
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
 from dit_accel.state import Lane, RunState
@@ -147,6 +147,14 @@ class Session:
             run.split(1 if arguments is None else arguments["sample"].shape[0])
             if run.joint is not None:
                 self.stats.warn(f"Decisions are made for the whole batch, not for each sample: {run.joint}.")
+        if run.clock.step == 0 and arguments is not None and self._forecasts:
+            call = SchedulerStep(scheduler, plain, arguments)
+            run.reuses = adds_noise(call)
+            if run.reuses:
+                self.stats.warn(
+                    "The scheduler adds noise of its own, which no forecast foresees: skipped steps reuse what the "
+                    "last computed one gave."
+                )
         if len(run.lanes) == 1 or run.lanes[0].corrector is None or arguments is None:
             for lane in run.lanes[1:]:
                 lane.take_decided()
@@ -161,6 +169,12 @@ class Session:
             lane.scheduler = attributes_of(scheduler)
             results.append(result)
         return join(results, range(len(results)))
+
+    @property
+    def _forecasts(self) -> bool:
+        """True where skipped steps are forecast, and no corrector asks the same of the scheduler."""
+        forecast = self.policy.predictor
+        return not self.policy.is_exact and not forecast.corrector and forecast.predictor != "reuse"
 
     @property
     def _tells_samples_apart(self) -> bool:

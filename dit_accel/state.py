@@ -167,8 +167,10 @@ class RunState:
     """One sampling run: its number, its thread, its clock and the state of every branch.
 
     lanes: one a sample, or one for all; samples: in the batch, `None` while not known; joint: why they are not told
-    apart, if they are not; leads: what the first branch of a denoiser decided, and at which step; calls: arguments of
-    the first call of each denoiser, until the samples are known.
+    apart, if they are not; reuses: nothing is forecast, since the scheduler adds noise; leads: what the first branch of
+    a denoiser decided, and at which step; outputs:
+    of the first branch and its step, where others are told by their difference; calls: arguments of the first call of
+    each denoiser, until the samples are known.
     """
 
     number: int
@@ -180,7 +182,9 @@ class RunState:
     stage: int = 0
     samples: int | None = None
     joint: str | None = None
+    reuses: bool = False
     leads: dict[tuple[str, int], tuple[int, str, Verdict]] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], tuple[int, list[Any]]] = field(default_factory=dict)
     calls: dict[str, Callable[[int], str | None]] = field(default_factory=dict)
 
     def split(self, samples: int) -> None:

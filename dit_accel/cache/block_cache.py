@@ -7,7 +7,7 @@ successive steps, CG-Taylor (2508.02240) measures how well the probe itself was 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit_accel.cache.ranking import Ranking
 from dit_accel.cache.schedule import Schedule
@@ -45,7 +45,13 @@ class BlockCache(Settings):
     signal: Signal = setting(Signal(), "what is compared with its reference")
     schedule: Schedule = setting(Schedule(), "rules of single methods on top of warmup, tail and max_skips")
     branches: str = setting(
-        "each", "whether each guidance branch decides for itself, or the first for all", choices=("each", "first")
+        "each",
+        "each guidance branch decides for itself, the first decides for all, or (unit model) the later ones are the "
+        "first one's output plus a forecast of their difference to it, which changes more slowly",
+        choices=("each", "first", "difference"),
+    )
+    later_skips: int | None = setting(
+        None, "difference: longest run of skips of the later branches; null is twice max_skips + 1", minimum=0
     )
     decay: float = setting(
         1.0, "factor that the threshold falls to at the end of a run (SpeCa); 1 keeps it", minimum=0.0, maximum=1.0
@@ -77,6 +83,15 @@ class BlockCache(Settings):
             )
         if rule.codebook is not None and self.signal.of != "units":
             raise PolicyError("Schedule.codebook looks at the signal 'units'; give BlockCache.signal of that kind.")
+        if self.branches == "difference" and (not self.scope.is_model or self.threshold is not None):
+            raise PolicyError(
+                "BlockCache.branches 'difference' is for whole steps that a schedule skips; give the unit 'model' and "
+                "the threshold null, or branches 'each' or 'first'."
+            )
+        if self.branches != "difference" and self.later_skips is not None:
+            raise PolicyError(
+                f"BlockCache.later_skips belongs to the branches 'difference', not {self.branches!r}; leave it out."
+            )
         if self.signal.of == "last block" and not rule.shortest:
             raise PolicyError(
                 "The signal 'last block' is measured on skipped steps only; give Schedule.shortest=1 or more, so that "
@@ -89,6 +104,14 @@ class BlockCache(Settings):
     def can_skip(self) -> bool:
         """False where these settings never skip anything, whatever the model does."""
         return self.threshold != 0.0 and (self.max_skips != 0 or self.schedule.growth > 0)
+
+    @property
+    def of_later_branches(self) -> BlockCache:
+        """What the later branches go by, where they are told from the first by their difference."""
+        skips = self.later_skips
+        if skips is None and self.max_skips is not None:
+            skips = 2 * self.max_skips + 1
+        return replace(self, max_skips=skips)
 
     @property
     def is_gated(self) -> bool:

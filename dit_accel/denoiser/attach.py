@@ -25,11 +25,15 @@ from dit_accel.denoiser.subclass import wrap_instance
 from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.diffusers_bridge import is_compiled
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.forecast import Forecast
 from dit_accel.state import RunState
 from dit_accel.stats import COMPUTE, PARTLY, RECOMPUTE, SYMBOLS, StepRecord
 
 if TYPE_CHECKING:
     from dit_accel.session import Session
+
+
+REUSE_ALONE = Forecast("reuse", order=0)
 
 
 class _Here(threading.local):
@@ -265,9 +269,8 @@ class AttachedDenoiser:
         elif contract.refusal:
             reason = f"refused: {contract.refusal}"
         span = lane.control.span if cache.reference == "corrector" else None
-        forward = Forward(
-            cache, policy.predictor, state, info, contract, observer, self.block_names, span, reason=reason
-        )
+        forecast = REUSE_ALONE if run.reuses else policy.predictor
+        forward = Forward(cache, forecast, state, info, contract, observer, self.block_names, span, reason=reason)
         forward.latent = latents_in(args, kwargs)
         if forward.latent is not None and forward.latent.ndim == 3:
             forward.grid = grid_of(kwargs, forward.latent.shape[1])
@@ -276,6 +279,14 @@ class AttachedDenoiser:
         lead = run.leads.get((self.name, forward.sample))
         if cache.branches == "first" and lead is not None and lead[0] == info.step and lead[1] != info.branch:
             forward.led = lead[2]
+        output = run.outputs.get((self.name, forward.sample))
+        if (
+            cache.branches == "difference"
+            and output is not None
+            and output[:1] == (info.step,)
+            and contract is not None
+        ):
+            forward.lead, forward.cache = output[1], cache.of_later_branches
         return forward
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
@@ -338,6 +349,8 @@ class AttachedDenoiser:
             made, plain = self._flops(forward, key)
             flops, total = flops + made, total + plain
             stats.nonfinite += forward.decision == RECOMPUTE and forward.reason == "non-finite anchor"
+            if forward.made and forward.lead is None and forward.cache and forward.cache.branches == "difference":
+                run.outputs[self.name, forward.sample] = (forward.info.step, forward.made)
             if forward.verdict is not None and forward.led is None:
                 run.leads[self.name, forward.sample] = (forward.info.step, forward.info.branch, forward.verdict)
         stats.flops_source = self.meter.source if total else stats.flops_source

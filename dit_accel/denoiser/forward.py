@@ -40,7 +40,8 @@ class Forward:
 
     contract: `None` while unknown; then `observer` writes it. span: what the step control allows, `None` without one.
     latent: the model's input; masks: of single units, from a calibration; led: the first branch's verdict on this step,
-    where it decides for all. decision, reason, indicator: for the step record.
+    where it decides for all; lead: the first branch's output at this step, where this one is told by its difference to
+    that; made: the model's outputs, or what stands in for them. decision, reason, indicator: for the step record.
     """
 
     cache: BlockCache | None
@@ -58,6 +59,8 @@ class Forward:
     masks: Mapping[str, str] = field(default_factory=dict)
     led: Verdict | None = None
     is_calibrating: bool = False
+    lead: list[Any] | None = None
+    made: list[Any] = field(default_factory=list)
     sample: int = 0
     recorder: Callable[[Unit, tuple[Tensor | None, ...]], None] | None = None
     verdict: Verdict | None = None
@@ -244,7 +247,9 @@ class Forward:
             return None
         self.position = len(contract.sequence)
         self.symbols = [SYMBOLS[self.decision]] * self.position
-        return state.rebuild(self._stand_in(MODEL, [self.latent] if state.is_residual else []))
+        made = self._stand_in(MODEL, self.lead or ([self.latent] if state.is_residual else []))
+        self.made = made
+        return state.rebuild(made)
 
     def ran_whole(self, result: Any) -> None:
         """This sample was computed together with others, blocks and all."""
@@ -270,6 +275,10 @@ class Forward:
         if not cache.scope.is_model:
             return
         state.rebuild = rebuilder(result)
+        self.made = outputs
+        if self.lead is not None:
+            self._remember(MODEL, tuple(value - first for value, first in zip(outputs, self.lead)))
+            return
         latent = self.latent
         state.is_residual = (
             cache.scope.carrier == "residual" and latent is not None and outputs[0].shape == latent.shape

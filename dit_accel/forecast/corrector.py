@@ -123,7 +123,7 @@ class Corrector:
         """
         if not self.is_tried:
             self.is_tried = True
-            if _adds_noise(call):
+            if adds_noise(call):
                 self.off = "the scheduler adds noise of its own"
         if self.off is not None:
             return call.run(call.output, call.sample), None
@@ -238,7 +238,7 @@ def _copied(value: Any) -> Any:
     return value.copy() if type(value) in (list, dict) else value  # the configuration is a kind of dict, and frozen
 
 
-def _adds_noise(call: SchedulerStep) -> bool:
+def adds_noise(call: SchedulerStep) -> bool:
     """True where the step gives another result each time; generators and scheduler are left as they were."""
     given = call.arguments.get("generator")
     generators = given if isinstance(given, list) else [] if given is None else [given]
