@@ -6,7 +6,7 @@ Data: procedural clips of a moving shape (`training/shapes.py`), "a red circle m
 First single frames; then three frames of a clip, each at its own place in time and the outer ones far apart, until it
 can draw and move; then whole clips. What was learned on the way: all on whole clips it learns colour and background
 only; frames in a row teach it to stand still; motion of a fifth of a token a frame is not seen, half a token is; Wan
-has no absolute positions, so a border in the pictures says where a token lies; and the gates of the blocks have to
+has no absolute positions, so a border in the pictures says where a token lies, and by its shade when; and the gates of the blocks have to
 start open.
 """
 
@@ -47,6 +47,7 @@ class WanConfig(TrainConfig):
     muon_rate: float = 6e-3
     still_steps: int = 150  # of single frames
     sparse_steps: int = 2500  # of three frames of a clip
+    plain_steps: int = 2200  # with a border that stays as it is
     hidden: int = 96
     heads: int = 2
     blocks: int = 12
@@ -93,7 +94,7 @@ class TinyWan:
         frames = 1 if step < config.still_steps else 3 if step < config.still_steps + config.sparse_steps else FRAMES
         at = torch.randperm(FRAMES, generator=rng)[:frames].sort().values if frames != 3 else _far_apart(rng)
         batch = config.batch // frames
-        clips = draw_clips(batch, frames, rng, at)
+        clips = draw_clips(batch, frames, rng, at, fading=step >= config.plain_steps)
         caption = without_some(clips.caption, config.empty_caption, len(CAPTIONS), rng)
         uniform = torch.rand(batch, generator=rng)
         shifted = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)

@@ -22,7 +22,7 @@ CAPTIONS = tuple(
     for b in BACKGROUNDS
 )
 SIZE = 48  # pixels a side
-BORDER = 4  # pixels, of the colour of the background that has most contrast to it: says where a token lies
+BORDER = 4  # pixels; it stands out more and more, and so says where and when a token lies
 FRAMES = 9  # 4 k + 1, as the autoencoder of Wan encodes them
 TEXT_LENGTH = 12  # tokens: 9 words, begin and end, one to spare
 
@@ -60,16 +60,18 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return every.gather(0, shape.view(1, -1, *[1] * (x.ndim - 1)).expand(1, *x.shape))[0]
 
 
-def _is_border() -> Tensor:
+def is_border() -> Tensor:
     """[48, 48], true at the border."""
     edge = (torch.arange(SIZE) - (SIZE - 1) / 2).abs() > SIZE / 2 - BORDER
     return edge[:, None] | edge[None, :]
 
 
-def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None) -> Clips:
+def draw_clips(
+    batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None, fading: bool = True
+) -> Clips:
     """Draw clips of FRAMES frames, in which a shape stays inside the picture, and of each `frames` in a row.
 
-    at: take these frames [frames] of every clip instead.
+    at: take these frames [frames] of every clip instead. fading: the border goes from one grey to another in a clip.
     """
     shape = torch.randint(len(SHAPES), (batch,), generator=rng)
     colour = torch.randint(len(COLOURS), (batch,), generator=rng)
@@ -93,7 +95,9 @@ def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None 
     coverage = (inside(shape, x, y, radius.view(-1, 1, 1, 1)) + 0.5).clamp(0, 1)[:, None]
     paint = torch.tensor(list(COLOURS.values()))[colour].view(batch, 3, 1, 1, 1)
     paper = torch.tensor(list(BACKGROUNDS.values()))[ground].view(batch, 3, 1, 1, 1)
-    paper = torch.where(_is_border(), paper.lerp(0.9 - 0.8 * paper.round(), 0.5), paper)
+    contrast = 0.9 - 0.8 * paper.round()
+    strength = (0.3 + 0.5 * at.expand(batch, 1, frames) / (FRAMES - 1)).view(batch, 1, frames, 1, 1) if fading else 0.5
+    paper = torch.where(is_border(), paper + strength * (contrast - paper), paper)
     videos = (coverage * paint + (1 - coverage) * paper) * 2 - 1
     caption = ((shape * len(COLOURS) + colour) * len(DIRECTIONS) + direction) * len(BACKGROUNDS) + ground
     return Clips(videos, shape, colour, direction, ground, caption)
