@@ -68,13 +68,13 @@ FAMILIES: dict[str, Callable[[str], Policy]] = {
 def named(name: str) -> Policy:
     """The policy of a name, or of "name:family"."""
     method, colon, family = name.partition(":")
-    if not colon and name in PRESETS:
-        return PRESETS[name].policy
     if colon and method in FAMILIES:
         return FAMILIES[method](family)
-    if colon and method in PRESETS:
+    if method not in PRESETS:
+        raise PolicyError(f"There is no policy named {method!r}; {nearest(method, PRESETS)}.")
+    if colon:
         raise PolicyError(f"{method!r} has no settings of its own for families of models; leave out {':' + family!r}.")
-    raise PolicyError(f"There is no policy named {name!r}; {nearest(name, PRESETS)}.")
+    return PRESETS[method].policy
 
 
 PRESETS: dict[str, Preset] = {

@@ -1,14 +1,17 @@
 """Every named policy on pipelines of every kind: it runs, skips what its rule says, starts anew with every run."""
 
 import functools
+import importlib
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 import dit_accel
-from dit_accel import Policy
-from dit_accel.presets import PRESETS
+from dit_accel import BlockCache, Forecast, Policy, PolicyError
+from dit_accel.cache import Scope
+from dit_accel.presets import FAMILIES, PRESETS
 from dit_accel.stats import StepRecord
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.tiny_pipelines import TinyPipeline
@@ -98,3 +101,78 @@ def test_guidance_branches_follow_the_first_where_it_decides() -> None:
     assert by_branch[first] == by_branch[second]
     followed = [s for s in session.stats.steps if s.reason == "as the first branch"]
     assert followed and "forecast" in by_branch[first]
+
+
+FAMILY_NAMES = [
+    f"{name}:{family}"
+    for name in FAMILIES
+    for family in importlib.import_module(f"dit_accel.cache.methods.{name.replace('-', '_')}").PUBLISHED
+]
+
+
+def test_every_published_family_is_a_policy() -> None:
+    policies = {}
+    for name in FAMILY_NAMES:
+        try:
+            policies[name] = Policy.named(name)
+        except PolicyError as error:
+            assert "no TeaCache threshold is published" in str(error), name  # coefficients alone are known
+    assert len(policies) > 40 and all(Policy.from_dict(p.to_dict()) == p for p in policies.values())
+    mochi = policies["teacache:mochi"].cache
+    assert mochi is not None and (mochi.threshold, mochi.signal.of) == (0.06, "modulated")
+    wan = policies["teacache:wan2.1-t2v-1.3b"].cache
+    assert wan is not None and (wan.threshold, wan.signal.of) == (0.05, "time")
+    speca = policies["speca:dit-xl"]
+    assert speca.forecast is not None and speca.forecast.order == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("teacache:moci", "did you mean 'mochi'?"),
+        ("fora:flux", "no settings of its own"),
+        ("tecache", "did you mean 'teacache'?"),
+        ("tecache:flux", "did you mean 'teacache'?"),
+    ],
+)
+def test_a_wrong_family_is_refused(name: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message.replace("?", r"\?")):
+        Policy.named(name)
+
+
+def test_residuals_are_kept_in_half_the_memory_or_on_the_cpu() -> None:
+    tiny, _ = built("flux_true_cfg")
+    made, held = {}, {}
+    for storage in ("same", "half", "host"):
+        with dit_accel.apply(tiny.pipe, Policy.named("foca", storage=storage)) as session:
+            made[storage] = tiny_pipelines.call(tiny, STEPS)
+            held[storage] = session.stats.state_bytes
+    assert held["half"] * 2 == held["same"] == held["host"], "here the CPU is where they were"
+    assert torch.equal(made["host"], made["same"]) and not torch.equal(made["half"], made["same"])
+    assert float((made["half"] - made["same"]).norm() / made["same"].norm()) < 0.02
+
+
+def test_where_the_scheduler_adds_noise_nothing_is_forecast() -> None:
+    tiny = tiny_pipelines.build("dit")
+    tiny.pipe.scheduler = DDPMScheduler.from_config(tiny.pipe.scheduler.config)
+    with dit_accel.apply(tiny.pipe, "taylorseer-lite") as session:
+        first, again = (tiny_pipelines.call(tiny, STEPS) for _ in range(2))
+    kinds = {step.decision for step in session.stats.steps}
+    assert kinds == {"compute", "reuse"} and "adds noise of its own" in session.report()
+    assert torch.equal(first, again)
+
+
+def test_later_branches_are_told_by_their_difference_to_the_first() -> None:
+    tiny, plain = built("flux_true_cfg")
+    cache = BlockCache(
+        None, warmup=3, tail=1, max_skips=1, later_skips=3, scope=Scope("model", "output"), branches="difference"
+    )
+    with dit_accel.apply(tiny.pipe, Policy(cache, Forecast("newton", order=1))) as session:
+        made = tiny_pipelines.call(tiny, STEPS)
+    by_branch = [marks([s for s in session.stats.steps if s.branch == b]) for b in ("cond", "uncond")]
+    assert by_branch == ["CCC.C.C.C.CC", "CCC...C...CC"]
+    assert bool(torch.isfinite(made).all()) and not torch.equal(made, plain)
+    with pytest.raises(PolicyError, match="unit 'model'"):
+        BlockCache(None, branches="difference")
+    with pytest.raises(PolicyError, match="later_skips"):
+        BlockCache(later_skips=2)

@@ -6,8 +6,8 @@ Data: procedural clips of a moving shape (`training/shapes.py`), "a red circle m
 First single frames; then three frames of a clip, each at its own place in time and the outer ones far apart, until it
 can draw and move; then whole clips. What was learned on the way: all on whole clips it learns colour and background
 only; frames in a row teach it to stand still; motion of a fifth of a token a frame is not seen, half a token is; Wan
-has no absolute positions, so a border in the pictures says where a token lies, and by its shade when; and the gates of the blocks have to
-start open.
+has no absolute positions, so a border in the pictures says where a token lies, and by its shade when; and the gates of
+the blocks have to start open.
 """
 
 from __future__ import annotations

@@ -178,7 +178,9 @@ def test_clips_move_as_their_caption_says_and_stay_inside() -> None:
     assert float(ink[..., 0, :].float().mean()) < 0.02 and float(ink[..., -1, :].float().mean()) < 0.02
     shade = clips.videos[:, 0, :, 0, 0]
     steps = shade.diff(dim=1)
-    assert float(steps.abs().min()) > 0.02 and bool((steps.sign() == steps.sign()[:, :1]).all()), "the border tells time"
+    assert float(steps.abs().min()) > 0.02 and bool((steps.sign() == steps.sign()[:, :1]).all()), (
+        "the border tells time"
+    )
     axis = torch.arange(shapes.SIZE, dtype=torch.float32)
     mass = ink.float()
     x = (mass.sum(2) * axis).sum(-1) / mass.sum((2, 3))
