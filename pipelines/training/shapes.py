@@ -66,9 +66,7 @@ def is_border() -> Tensor:
     return edge[:, None] | edge[None, :]
 
 
-def draw_clips(
-    batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None, fading: bool = True
-) -> Clips:
+def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None, fading: bool = True) -> Clips:
     """Draw clips of FRAMES frames, in which a shape stays inside the picture, and of each `frames` in a row.
 
     at: take these frames [frames] of every clip instead. fading: the border goes from one grey to another in a clip.
