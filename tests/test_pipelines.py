@@ -65,7 +65,7 @@ def test_a_forced_skip_really_skips(ran: Ran) -> None:
     assert ran.forced_blocks < ran.plain_blocks * 0.85
     assert bool(torch.isfinite(ran.forced[0]).all())
     assert not torch.equal(ran.forced[0], ran.plain)
-    assert not ran.session.stats.warnings
+    assert all("adds noise of its own" in warning for warning in ran.session.stats.warnings)
 
 
 def test_the_same_call_twice_is_bit_equal(ran: Ran) -> None:

@@ -165,7 +165,7 @@ SHIPPED_WRONG = [
     (Forecast, {"predictor": "taylor", "damping": 0.5}, "give the predictor 'newton'"),
     (Forecast, {"scale": 0.7}, "give the predictor 'hermite'"),
     (Forecast, {"order": True}, "give int"),
-    (Forecast, {"coordinate": "time"}, "allowed: sigma, step"),
+    (Forecast, {"coordinate": "time"}, "allowed: log-snr, sigma, step"),
     (Forecast, {"predictor": "reuse", "order": 2}, "which has no order"),
 ]
 
