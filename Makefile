@@ -10,7 +10,7 @@ export TRANSFORMERS_VERBOSITY := error
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
 	@echo "make test    static checks and the test suite"
-	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (an hour; PIPELINES=tiny-wan for one)"
+	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (hours; PIPELINES=tiny-flux for one)"
 	@echo "make seeds-tiny-dit  train two further seeds of a pipeline and record how results differ (an hour)"
 	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under pipelines/tiny-flux/results)"
 
@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
 	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
 
-PIPELINES ?= tiny-flux tiny-sd3 tiny-dit
+PIPELINES ?= tiny-flux tiny-sd3 tiny-dit tiny-wan
 CLASSIFIER = pipelines/$(if $(findstring wan,$(1)),shapes,fashion)-classifier
 
 # What is recorded of one pipeline folder: $(1), whose classifier is that of the pipeline named $(2).
