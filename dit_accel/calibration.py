@@ -1,7 +1,7 @@
 """Calibration: the first run of a policy that asks for it computes everything and measures; later runs go by that.
 
 Made once for each denoiser and number of steps, of the first guidance branch, on a sample of each feature's tokens. The
-masks and ratios are plain data: `Session.calibrated_policy()` gives a policy that holds them and measures no more.
+masks and ratios are kept with the session, and are measured anew by the next one.
 """
 
 from __future__ import annotations
