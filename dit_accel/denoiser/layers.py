@@ -25,5 +25,6 @@ def layers_of(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True where a module projects to queries itself, or has an attention processor."""
-    return hasattr(module, "processor") or any(hasattr(module, name) for name in _PROJECTIONS)
+    """True where a module projects to queries itself, has an attention processor, or is torch's own attention."""
+    own = isinstance(module, nn.MultiheadAttention) or hasattr(module, "processor")
+    return own or any(hasattr(module, name) for name in _PROJECTIONS)

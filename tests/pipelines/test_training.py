@@ -149,7 +149,7 @@ def test_video_autoencoder_is_a_projection_of_patches() -> None:
         latents = vae.encode(videos).latent_dist.sample()
         back = vae.decode(latents).sample
         again = vae.encode(back).latent_dist.sample()
-    assert latents.shape == (4, 20, 9, 12, 12)
+    assert latents.shape == (4, 20, 9, 8, 8)
     assert torch.allclose(
         latents / wan.SCALE, wan.encode(videos, basis, mean), atol=1e-4
     )  # an offset of 20 costs two digits
@@ -173,21 +173,17 @@ def test_tokenizer_knows_every_caption_and_encoders_tell_them_apart(module: Modu
 def test_clips_move_as_their_caption_says_and_stay_inside() -> None:
     clips = shapes.draw_clips(64, shapes.FRAMES, torch.Generator().manual_seed(3))
     paper = torch.tensor(list(fashion.BACKGROUNDS.values()))[clips.background].view(-1, 3, 1, 1, 1) * 2 - 1
-    blank = torch.where(shapes.is_border(), clips.videos[..., :1, :1], paper)  # a corner has the border's shade
+    border = shapes.border_colours(torch.arange(shapes.FRAMES)) * 2 - 1
+    blank = torch.where(shapes.is_border(), border, paper)
     ink = (clips.videos - blank).abs().amax(1) > 0.02  # [B, F, H, W]
     assert float(ink[..., 0, :].float().mean()) < 0.02 and float(ink[..., -1, :].float().mean()) < 0.02
-    shade = clips.videos[:, 0, :, 0, 0]
-    steps = shade.diff(dim=1)
-    assert float(steps.abs().min()) > 0.02 and bool((steps.sign() == steps.sign()[:, :1]).all()), (
-        "the border tells time"
-    )
     axis = torch.arange(shapes.SIZE, dtype=torch.float32)
     mass = ink.float()
     x = (mass.sum(2) * axis).sum(-1) / mass.sum((2, 3))
     y = (mass.sum(3) * axis).sum(-1) / mass.sum((2, 3))
     moved = torch.stack([x[:, -1] - x[:, 0], y[:, -1] - y[:, 0]], dim=1)
     wanted = torch.tensor(list(shapes.DIRECTIONS.values()))[clips.direction]
-    assert float((moved * wanted).sum(1).min()) > 15, "2 pixels a frame over 8 frames"
+    assert float((moved * wanted).sum(1).min()) > 11.5, "1 pixel a frame over 12 frames"
     assert float((moved - (moved * wanted).sum(1, keepdim=True) * wanted).abs().max()) < 0.5, "and nowhere else"
     again = shapes.draw_clips(64, shapes.FRAMES, torch.Generator().manual_seed(3))
     assert torch.equal(again.videos, clips.videos)
