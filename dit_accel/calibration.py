@@ -1,14 +1,14 @@
 """Calibration: the first run of a policy that asks for it computes everything and measures; later runs go by that.
 
 Made once for each denoiser and number of steps, of the first guidance branch, on a sample of each feature's tokens. The
-masks and ratios are kept with the session, and are measured anew by the next one.
+masks and ratios are kept with the session; `Session.calibrated()` makes a policy of them that can be saved.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +22,11 @@ from dit_accel.cache.methods.magcache import magnitude_ratios, nearest_ratios
 from dit_accel.cache.methods.mask import Mask, mask_of
 from dit_accel.cache.methods.smoothcache import SmoothCache, error_table, kind_mask
 from dit_accel.cache.methods.step_rehash import StepRehash, key_steps
+from dit_accel.errors import PolicyError
 
 if TYPE_CHECKING:
     from dit_accel.denoiser.forward import Forward
+    from dit_accel.policy import Policy
 
 TOKENS = 64  # of each feature, evenly spread
 UPSTREAM = 2  # volatile layers that BAC updates with the feed-forward layers behind them
@@ -59,6 +61,29 @@ class Calibration:
     def begin(self) -> None:
         """A run begins: what an interrupted one has left is of no use."""
         self._features, self._branches = {}, {}
+
+    def written_into(self, policy: Policy) -> Policy:
+        """The policy with what was measured in the place of the measuring, so that a later session needs no such run.
+
+        Raises PolicyError where nothing was measured, or for several denoisers or numbers of steps: a policy holds one.
+        """
+        if len(self.known) != 1 or policy.cache is None:
+            found = ", ".join(f"{name} in {steps} steps" for name, steps in self.known) or "nothing"
+            raise PolicyError(
+                f"One denoiser and one number of steps have to be measured, but there was {found}; run the pipeline "
+                "once under a policy that calibrates, such as 'bac' or 'smoothcache'."
+            )
+        (found,) = self.known.values()
+        cache, masks = policy.cache, dict(found.masks)
+        schedule = replace(
+            cache.schedule,
+            calibrate=None,
+            budget=None,
+            mask=masks.pop("", None),
+            unit_masks=tuple(masks.items()) or None,
+        )
+        signal = replace(cache.signal, ratios=found.ratios) if found.ratios else cache.signal
+        return replace(policy, cache=replace(cache, schedule=schedule, signal=signal))
 
     def equip(self, forward: Forward, denoiser: str) -> None:
         """Give a forward its masks and ratios, or have it compute and record."""

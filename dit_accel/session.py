@@ -351,6 +351,14 @@ class Session:
         """What was computed, skipped and forecast, in words; and why nothing was, if nothing was."""
         return report_text(self)
 
+    def calibrated(self) -> Policy:
+        """This session's policy with what its first run measured written into it: save it, and later sessions need no
+        such run.
+
+        Raises PolicyError where nothing was measured, or for several denoisers or numbers of steps.
+        """
+        return self.calibration.written_into(self.policy)
+
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"Session({type(self.target).__name__}, {state}, flops_share={self.stats.flops_share:.3f})"

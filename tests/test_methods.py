@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,35 @@ def test_it_runs_skips_by_its_rule_and_starts_anew(pipeline: str, name: str) -> 
                 "above threshold",
             )
     assert torch.equal(tiny_pipelines.call(tiny, STEPS), plain)
+
+
+CALIBRATED = [n for n in NAMES if (c := PRESETS[n].policy.cache) and (c.schedule.calibrate or n == "magcache")]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_what_the_first_run_measured_is_a_policy_that_can_be_saved(name: str, tmp_path: Path) -> None:
+    tiny, plain = built("flux_true_cfg")
+    with dit_accel.apply(tiny.pipe, name) as session:
+        with pytest.raises(PolicyError, match="there was nothing; run the pipeline once"):
+            session.calibrated()
+        tiny_pipelines.call(tiny, STEPS)
+        expected = tiny_pipelines.call(tiny, STEPS)
+        session.calibrated().save(tmp_path / "measured.json")
+    with dit_accel.apply(tiny.pipe, tmp_path / "measured.json") as session:
+        assert torch.equal(tiny_pipelines.call(tiny, STEPS), expected), "its first run is the other one's second"
+        skipped = session.stats.flops_share < 1
+        with pytest.raises(PolicyError, match="there was nothing"):
+            session.calibrated()
+    assert skipped != torch.equal(expected, plain)
+    assert skipped or name == "step-rehash", "whose first run found no two steps alike"
+
+
+def test_a_policy_holds_the_measurements_of_one_denoiser() -> None:
+    tiny, _ = built("wan22")
+    with dit_accel.apply(tiny.pipe, "magcache") as session:
+        tiny_pipelines.call(tiny, STEPS)
+        with pytest.raises(PolicyError, match=r"transformer in .* steps, transformer_2 in .* steps"):
+            session.calibrated()
 
 
 GATED = [name for name in NAMES if PRESETS[name].policy.cache.threshold is not None]  # type: ignore[union-attr]
