@@ -30,11 +30,6 @@ def steps_of(mask: Sequence[bool]) -> list[int]:
     return [step for step, compute in enumerate(mask) if compute]
 
 
-def share_computed(mask: Sequence[bool]) -> float:
-    """Computed steps over all steps of a mask [T]."""
-    return sum(mask) / len(mask)
-
-
 def check_budget(computed: int, steps: int, fewest: int = 1) -> None:
     """Refuse a number of computed steps that a run of `steps` steps cannot have."""
     if not fewest <= computed <= steps:

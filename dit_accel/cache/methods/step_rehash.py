@@ -56,21 +56,6 @@ def key_steps(settings: StepRehash, similarity: Sequence[Sequence[float]]) -> li
     return keys
 
 
-def rescale_steps(keys: Sequence[int], steps: int, new_steps: int) -> list[int]:
-    """Key steps of a run of `steps` steps for one of `new_steps`: each at the nearest place in the run.
-
-    Keeps the distances in the run, not the share of computed steps: a shorter run has fewer to skip between two keys.
-    """
-    check_budget(1, steps)
-    check_budget(1, new_steps)
-    if not keys or keys[0] != 0 or not all(0 <= key < steps for key in keys):
-        raise PolicyError(
-            f"The key steps are {list(keys)} of {steps}; give numbers from 0 to {steps - 1} that begin with 0."
-        )
-    scale = (new_steps - 1) / (steps - 1) if steps > 1 else 0.0
-    return sorted({int(key * scale + 0.5) for key in keys})
-
-
 def cache(threshold: float = 0.95) -> BlockCache:
     """threshold: of the similarity to the last key step, a choice of ours. The first run computes everything and
     measures; later ones compute its key steps."""

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from dit_accel.cache.methods.mask import best_path, check_budget, mask_of, share_computed, steps_of
+from dit_accel.cache.methods.mask import best_path, check_budget, mask_of, steps_of
 from dit_accel.errors import PolicyError
 
 
@@ -16,7 +16,6 @@ def test_a_mask_and_its_steps_are_inverse() -> None:
     mask = mask_of([3, 0], 5)
     assert mask == (True, False, False, True, False)
     assert steps_of(mask) == [0, 3]
-    assert share_computed(mask) == 0.4
 
 
 @pytest.mark.parametrize("computed", [[], [1, 2], [0, 5], [-1, 0]])
