@@ -249,7 +249,7 @@ def test_the_fashion_classifier_knows_photos_that_it_has_not_seen() -> None:
     assert swapped["noun"].share < 0.2 and swapped["colour"].share < 0.3 and swapped["all"].share < 0.05
 
 
-@pytest.mark.parametrize("frames", [9, shapes.FRAMES])
+@pytest.mark.parametrize("frames", [5, 9, shapes.FRAMES])
 def test_the_shapes_classifier_knows_clips_that_it_has_not_seen(frames: int) -> None:
     model = FeatureExtractor.from_pretrained(PIPELINES / "shapes-classifier")
     drawn = shapes.draw_clips(120, frames, fashion.step_generator(5, frames))

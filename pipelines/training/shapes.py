@@ -1,7 +1,7 @@
 """Moving shapes: a seeded, procedural video data set, "a red circle moving left on a black background".
 
-5 shapes x 8 colours x 4 directions x 3 backgrounds, each with a border; radius 8 to 10 pixels of 48, speed 2 to 3
-pixels a frame, antialiased.
+5 shapes x 8 colours x 4 directions x 3 backgrounds, antialiased; radius 6 to 7.5 pixels of 32, speed 1 to 1.35 pixels a
+frame. The colour of the border says where and when it is: red grows with time, green to the right, blue downwards.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ CAPTIONS = tuple(
     for d in DIRECTIONS
     for b in BACKGROUNDS
 )
-SIZE = 48  # pixels a side
-BORDER = 4  # pixels; it stands out more and more, and so says where and when a token lies
-FRAMES = 9  # 4 k + 1, as the autoencoder of Wan encodes them
+SIZE = 32  # pixels a side
+BORDER = 4  # pixels
+FRAMES = 13  # 4 k + 1, as the autoencoder of Wan encodes them
 TEXT_LENGTH = 12  # tokens: 9 words, begin and end, one to spare
 
 
 @dataclass(frozen=True)
 class Clips:
-    """videos [B, 3, F, 48, 48] in [-1, 1]; indices into SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, CAPTIONS [B]."""
+    """videos [B, 3, F, 32, 32] in [-1, 1]; indices into SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, CAPTIONS [B]."""
 
     videos: Tensor
     shape: Tensor
@@ -61,22 +61,29 @@ def inside(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def is_border() -> Tensor:
-    """[48, 48], true at the border."""
+    """[32, 32], true at the border."""
     edge = (torch.arange(SIZE) - (SIZE - 1) / 2).abs() > SIZE / 2 - BORDER
     return edge[:, None] | edge[None, :]
 
 
-def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None, fading: bool = True) -> Clips:
+def border_colours(at: Tensor) -> Tensor:
+    """Frames [F] or [B, 1, F] of a clip -> [B or 1, 3, F, 32, 32] in [0, 1]: when (red), and where (green, blue)."""
+    across = torch.linspace(0, 1, SIZE)
+    when = at.reshape(-1, at.shape[-1], 1, 1) / (FRAMES - 1)
+    return torch.stack(torch.broadcast_tensors(when, across[None, :], across[:, None]), dim=1)
+
+
+def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None = None) -> Clips:
     """Draw clips of FRAMES frames, in which a shape stays inside the picture, and of each `frames` in a row.
 
-    at: take these frames [frames] of every clip instead. fading: the border goes from one grey to another in a clip.
+    at: take these frames [frames] of every clip instead.
     """
     shape = torch.randint(len(SHAPES), (batch,), generator=rng)
     colour = torch.randint(len(COLOURS), (batch,), generator=rng)
     direction = torch.randint(len(DIRECTIONS), (batch,), generator=rng)
     ground = torch.randint(len(BACKGROUNDS), (batch,), generator=rng)
-    radius = 8 + 2 * torch.rand(batch, generator=rng)
-    speed = 2 + torch.rand(batch, generator=rng)
+    radius = 6 + 1.5 * torch.rand(batch, generator=rng)
+    speed = 1 + 0.35 * torch.rand(batch, generator=rng)
     place = torch.rand(batch, 2, generator=rng)
     velocity = torch.tensor(list(DIRECTIONS.values()))[direction] * speed[:, None]
     journey = velocity * (FRAMES - 1)
@@ -93,9 +100,7 @@ def draw_clips(batch: int, frames: int, rng: torch.Generator, at: Tensor | None 
     coverage = (inside(shape, x, y, radius.view(-1, 1, 1, 1)) + 0.5).clamp(0, 1)[:, None]
     paint = torch.tensor(list(COLOURS.values()))[colour].view(batch, 3, 1, 1, 1)
     paper = torch.tensor(list(BACKGROUNDS.values()))[ground].view(batch, 3, 1, 1, 1)
-    contrast = 0.9 - 0.8 * paper.round()
-    strength = (0.3 + 0.5 * at.expand(batch, 1, frames) / (FRAMES - 1)).view(batch, 1, frames, 1, 1) if fading else 0.5
-    paper = torch.where(is_border(), paper + strength * (contrast - paper), paper)
+    paper = torch.where(is_border(), border_colours(at), paper)
     videos = (coverage * paint + (1 - coverage) * paper) * 2 - 1
     caption = ((shape * len(COLOURS) + colour) * len(DIRECTIONS) + direction) * len(BACKGROUNDS) + ground
     return Clips(videos, shape, colour, direction, ground, caption)
