@@ -17,6 +17,7 @@ from dit_accel.cache.methods.easycache import transformation_rate
 from dit_accel.cache.step_control import StepControl
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.contract import Contract
+from dit_accel.forecast.confidence import Confidence
 from dit_accel.forecast.corrector import Corrector
 from dit_accel.forecast.predictors import Kind
 
@@ -51,7 +52,8 @@ class BranchState:
 
     units: anchors of each unit, oldest first; signals: the signal at the last computed steps, with its coordinate;
     previous: the signal at the step before; change: indicator measured while computing, for the next step; rate,
-    seen_io: EasyCache's; ratios: MagCache's table; similarities, ranked_at, odd: Sortblock's; rebuild: makes a model's
+    seen_io: EasyCache's; ratios: MagCache's table; similarities, ranked_at, odd: Sortblock's; confidence: what
+    forecasts and reuse of each unit have missed; rebuild: makes a model's
     result of its tensors, and is_residual whether its first is kept as a residual to the input; builders: the same for
     layers.
     """
@@ -73,6 +75,7 @@ class BranchState:
     rebuild: Callable[[Sequence[Tensor]], Any] | None = None
     is_residual: bool = False
     builders: dict[Unit, Callable[[Sequence[Tensor]], Any]] = field(default_factory=dict)
+    confidence: dict[Unit, Confidence] = field(default_factory=dict)
 
     def remember(self, unit: Unit, anchor: Anchor, most: int) -> None:
         """Add an anchor, oldest out; it replaces an earlier one at the same coordinate (solvers repeat sigmas)."""

@@ -25,7 +25,9 @@ from dit_accel.denoiser.contract import Contract, ContractChanged, Observer, arg
 from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.errors import NonFiniteError, UnsupportedModelError
 from dit_accel.forecast import Forecast
+from dit_accel.forecast.confidence import learn
 from dit_accel.forecast.predictors import Evidence, Limits, combine, weights_for
+from dit_accel.forecast.weights import reuse_weights
 from dit_accel.state import MODEL, VERIFIED, Anchor, BranchState, Unit
 from dit_accel.stats import COMPUTE, FORECAST, PARTLY, RECOMPUTE, REUSE, SYMBOLS
 
@@ -79,6 +81,7 @@ class Forward:
     changes: list[Tensor] = field(default_factory=list)
     similarities: dict[Unit, Tensor] = field(default_factory=dict)
     ranks: dict[Unit, float] = field(default_factory=dict)
+    distrusted: set[Unit] = field(default_factory=set)  # whose forecasts have been worse than reuse of late
     skipped_layers: list[tuple[int, str]] = field(default_factory=list)
     wasted: int = 0  # blocks run in an attempt that left the contract
 
@@ -382,10 +385,12 @@ class Forward:
         controlled = cache.reference == "corrector"
         change = self._change() if cache.is_gated else None
         ranked = list(state.similarities.values())  # read along with the rest, so that nothing waits twice
-        asked = [*ranked, *([change] if isinstance(change, Tensor) else [])]
+        trust = [one.holds(self.forecast.confidence or 0.0) for one in state.confidence.values()]
+        asked = [*ranked, *trust, *([change] if isinstance(change, Tensor) else [])]
         known = torch.stack([*flags, *(one.to(flags[0]) for one in asked)]).tolist()
         finite, values = known[: len(flags)], known[len(flags) :]
         self.ranks = dict(zip(state.similarities, values))
+        self.distrusted = {unit for unit, holds in zip(state.confidence, values[len(ranked) :]) if not holds}
         value = values[-1] if isinstance(change, Tensor) else change
         if not all(map(math.isfinite, finite)):
             return Verdict(True, "non-finite anchor", value)
@@ -498,6 +503,8 @@ class Forward:
     def _weights(self, unit: Unit) -> list[float]:
         """Weights of the anchors of a unit at this step."""
         coordinates = [anchor.coordinate for anchor in self.state.units[unit]]
+        if unit in self.distrusted:
+            return reuse_weights(coordinates, self._coordinate())
         evidence = None
         if self.forecast.needs_signal and self.signal:
             known = {coordinate: tensors[-1] for coordinate, tensors in self.state.signals}
@@ -566,8 +573,23 @@ class Forward:
                 self.changes.append(relative_l1(now, earlier.to(now)))
         if self.recorder is not None:
             self.recorder(unit, values)
+        if self.forecast.confidence is not None and before and len(before) > 1:
+            self._learn_confidence(unit, before, values)
         anchor = Anchor(self._coordinate(), values, finite_flag(present)).put_away(self.forecast.storage)
         state.remember(unit, anchor, self.forecast.anchors)
+
+    def _learn_confidence(self, unit: Unit, anchors: Sequence[Anchor], values: tuple[Tensor | None, ...]) -> None:
+        """What the forecast and plain reuse would have missed at this step, by the unit's largest output."""
+        largest = max(range(len(values)), key=lambda n: -1 if values[n] is None else values[n].numel())  # type: ignore[union-attr]
+        now, earlier = values[largest], [anchor.values[largest] for anchor in anchors]
+        present = [value for value in earlier if value is not None]
+        if now is None or len(present) < len(earlier) or anchors[-1].coordinate == self._coordinate():
+            return
+        coordinates = [anchor.coordinate for anchor in anchors]
+        weights = weights_for(self.forecast, coordinates, self._coordinate(), self._limits(), None, self.info.step)
+        self.state.confidence[unit] = learn(
+            self.state.confidence.get(unit), now, combine(weights, present), present[-1]
+        )
 
     def _is_measured(self, unit: Unit, kind: str) -> bool:
         """True where the signal "units" looks at this one."""

@@ -63,6 +63,12 @@ class Forecast(Settings):
     blend: float = setting(
         1.0, "chebyshev: its share; the rest is a straight line through the last two", minimum=0.0, maximum=1.0
     )
+    confidence: float | None = setting(
+        None,
+        "forecast only while forecasts missed the last computed steps by at most this many times what plain reuse "
+        "would have, else reuse; null always forecasts (useful: 1 to 1.5)",
+        minimum=0.0,
+    )
     storage: str = setting(
         "same",
         "how residuals are kept: same as computed; half: in bfloat16; host: in the memory of the CPU",
