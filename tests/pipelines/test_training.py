@@ -177,6 +177,10 @@ def test_clips_move_as_their_caption_says_and_stay_inside() -> None:
     blank = torch.where(shapes.is_border(), border, paper)
     ink = (clips.videos - blank).abs().amax(1) > 0.02  # [B, F, H, W]
     assert float(ink[..., 0, :].float().mean()) < 0.02 and float(ink[..., -1, :].float().mean()) < 0.02
+    corner = clips.videos[:, :, :, 0, 0]
+    assert float(corner[:, 0].diff(dim=1).min()) > 0.02, "the border tells time"
+    assert float((clips.videos[:, 1, :, 0, -1] - corner[:, 1]).min()) > 1.9, "and right from left"
+    assert float((clips.videos[:, 2, :, -1, 0] - corner[:, 2]).min()) > 1.9, "and down from up"
     axis = torch.arange(shapes.SIZE, dtype=torch.float32)
     mass = ink.float()
     x = (mass.sum(2) * axis).sum(-1) / mass.sum((2, 3))
