@@ -53,9 +53,8 @@ class BranchState:
     units: anchors of each unit, oldest first; signals: the signal at the last computed steps, with its coordinate;
     previous: the signal at the step before; change: indicator measured while computing, for the next step; rate,
     seen_io: EasyCache's; ratios: MagCache's table; similarities, ranked_at, odd: Sortblock's; confidence: what
-    forecasts and reuse of each unit have missed; rebuild: makes a model's
-    result of its tensors, and is_residual whether its first is kept as a residual to the input; builders: the same for
-    layers.
+    forecasts and reuse of each unit have missed; rebuild: makes a model's result of its tensors, and is_residual
+    whether its first is kept as a residual to the input; builders: the same for layers.
     """
 
     key: Any = None
@@ -79,12 +78,12 @@ class BranchState:
 
     def remember(self, unit: Unit, anchor: Anchor, most: int) -> None:
         """Add an anchor, oldest out; it replaces an earlier one at the same coordinate (solvers repeat sigmas)."""
-        others = [other for other in self.units.get(unit, ()) if _differ(other.coordinate, anchor.coordinate)]
+        others = [other for other in self.units.get(unit, ()) if differ(other.coordinate, anchor.coordinate)]
         self.units[unit] = [*others, anchor][-most:]
 
     def remember_signal(self, coordinate: float, signal: tuple[Tensor, ...], most: int) -> None:
         """The same for the signal."""
-        others = [other for other in self.signals if _differ(other[0], coordinate)]
+        others = [other for other in self.signals if differ(other[0], coordinate)]
         self.signals = [*others, (coordinate, signal)][-most:]
 
     def note_rate(self, latent: Tensor, output: Tensor) -> None:
@@ -122,7 +121,8 @@ def _stored(value: Tensor, storage: str) -> Tensor:
     return value.to(torch.bfloat16) if value.dtype in (torch.float32, torch.float64) else value
 
 
-def _differ(a: float, b: float) -> bool:
+def differ(a: float, b: float) -> bool:
+    """False where two coordinates are the same place (solvers repeat sigmas)."""
     return abs(a - b) >= 1e-9
 
 

@@ -28,7 +28,7 @@ from dit_accel.forecast import Forecast
 from dit_accel.forecast.confidence import learn
 from dit_accel.forecast.predictors import Evidence, Limits, combine, weights_for
 from dit_accel.forecast.weights import reuse_weights
-from dit_accel.state import MODEL, VERIFIED, Anchor, BranchState, Unit
+from dit_accel.state import MODEL, VERIFIED, Anchor, BranchState, Unit, differ
 from dit_accel.stats import COMPUTE, FORECAST, PARTLY, RECOMPUTE, REUSE, SYMBOLS
 
 
@@ -567,7 +567,7 @@ class Forward:
         present = tuple(value for value in values if value is not None)
         before = state.units.get(unit)
         if cache.signal.of == "units" and before and self._is_measured(unit, kind):
-            largest = max(range(len(values)), key=lambda n: -1 if values[n] is None else values[n].numel())  # type: ignore[union-attr]
+            largest = _largest(values)
             now, earlier = values[largest], before[-1].values[largest]
             if now is not None and earlier is not None:
                 self.changes.append(relative_l1(now, earlier.to(now)))
@@ -580,10 +580,10 @@ class Forward:
 
     def _learn_confidence(self, unit: Unit, anchors: Sequence[Anchor], values: tuple[Tensor | None, ...]) -> None:
         """What the forecast and plain reuse would have missed at this step, by the unit's largest output."""
-        largest = max(range(len(values)), key=lambda n: -1 if values[n] is None else values[n].numel())  # type: ignore[union-attr]
+        largest = _largest(values)
         now, earlier = values[largest], [anchor.values[largest] for anchor in anchors]
         present = [value for value in earlier if value is not None]
-        if now is None or len(present) < len(earlier) or anchors[-1].coordinate == self._coordinate():
+        if now is None or len(present) < len(earlier) or not differ(anchors[-1].coordinate, self._coordinate()):
             return
         coordinates = [anchor.coordinate for anchor in anchors]
         weights = weights_for(self.forecast, coordinates, self._coordinate(), self._limits(), None, self.info.step)
@@ -600,6 +600,11 @@ class Forward:
         if which == "middle":
             return isinstance(unit, tuple) and unit[0] == len(self.contract.stack) // 2 and kind in ("", "attention")
         return True
+
+
+def _largest(values: Sequence[Tensor | None]) -> int:
+    """Number of the output of a unit that says most about it."""
+    return max(range(len(values)), key=lambda n: -1 if (value := values[n]) is None else value.numel())
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -13,6 +13,8 @@ COORDINATES = ("step", "sigma", "log-snr")
 _OWN: dict[str, tuple[tuple[str, ...], float | None]] = {
     "damping": (("newton", "regressed"), 0.0),
     "scale": (("hermite",), 0.5),
+    # The others look at the probe, or have nothing but reuse for a computed step: nothing to judge them by.
+    "confidence": (("newton", "taylor", "hermite", "chebyshev", "foca"), None),
     "ridge": (("chebyshev", "regressed"), 0.1),
     "blend": (("chebyshev",), 1.0),
     "table": (("learned",), None),
@@ -96,6 +98,11 @@ class Forecast(Settings):
                     f"Forecast.{name} is {shown(getattr(self, name))} with the predictor {self.predictor!r}, which "
                     f"does not read it; leave it out, or give the predictor {' or '.join(map(repr, owners))}."
                 )
+        if self.confidence is not None and self.anchors < 2:
+            raise PolicyError(
+                f"Forecast.confidence is {self.confidence:g}, but a forecast from one residual is plain reuse: "
+                "there is nothing to choose; leave it out, or give an order (or history) of at least 1 (2)."
+            )
         if self.predictor == "learned" and not self.table:
             raise PolicyError("Forecast.predictor is 'learned' without a table; train one, or give another predictor.")
 

@@ -105,7 +105,7 @@ class TinyWan:
         noise = torch.randn(clean.shape, generator=rng)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
         with (
-            frames_at(self.model, at if at.ndim == 1 else at[0, 0]),
+            frames_at(self.model, at if at.ndim == 1 else at[0, 0]),  # a frame alone: any time will do
             torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
         ):
             velocity = self.model(noisy, sigma * 1000, self.embeds[caption], return_dict=False)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,6 +42,12 @@ def test_misses_are_taken_in_full_precision() -> None:
 def test_a_negative_bound_is_refused() -> None:
     with pytest.raises(PolicyError, match="confidence"):
         Forecast("newton", confidence=-1.0)
+
+
+@pytest.mark.parametrize("settings", [{"predictor": "reuse", "order": 0}, {"predictor": "regressed"}, {"order": 0}])
+def test_where_there_is_nothing_to_choose_it_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match="leave it out"):
+        Forecast(**settings, confidence=1.0)
 
 
 def policy(forecast: Forecast | None, scope: Scope) -> Policy:
