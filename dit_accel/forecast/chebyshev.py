@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from dit_accel.forecast.weights import newton_weights
 
 DEGREE, RIDGE = 4, 0.1  # published
@@ -25,11 +22,13 @@ def chebyshev_weights(
     order: degree, which falls to what the anchors allow; limits: the coordinates at the two ends of the run.
     """
     degree = min(order, len(u) - 1)
-    table = _polynomials([*u, v], degree, limits)
+    table = [_polynomials(point, degree, limits) for point in (*u, v)]
     known, asked = table[:-1], table[-1]
-    shrink = ridge * torch.eye(degree + 1, dtype=table.dtype)
-    shrink[0, 0] = 0.0
-    return (known @ torch.linalg.solve(known.T @ known + shrink, asked)).tolist()
+    gram = [[sum(row[a] * row[b] for row in known) for b in range(degree + 1)] for a in range(degree + 1)]
+    for m in range(1, degree + 1):
+        gram[m][m] += ridge
+    solved = _solve(gram, asked)
+    return [sum(a * b for a, b in zip(row, solved)) for row in known]
 
 
 def blended_weights(
@@ -40,11 +39,27 @@ def blended_weights(
     return [share * a + (1 - share) * b for a, b in zip(smooth, straight)]
 
 
-def _polynomials(points: Sequence[float], degree: int, limits: tuple[float, float]) -> Tensor:
-    """T_0 to T_degree at the points, limits mapped to -1 and 1 -> [N, degree + 1]."""
+def _polynomials(point: float, degree: int, limits: tuple[float, float]) -> list[float]:
+    """T_0 to T_degree at a point, limits mapped to -1 and 1."""
     low, high = limits
-    x = (2 * torch.tensor(points, dtype=torch.float64) - low - high) / (high - low)
-    columns = [torch.ones_like(x), x]
-    while len(columns) <= degree:
-        columns.append(2 * x * columns[-1] - columns[-2])
-    return torch.stack(columns[: degree + 1], dim=1)
+    x = (2 * point - low - high) / (high - low)
+    values = [1.0, x]
+    while len(values) <= degree:
+        values.append(2 * x * values[-1] - values[-2])
+    return values[: degree + 1]
+
+
+def _solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
+    """x of matrix @ x = right by Gauss's elimination with pivots; at most five unknowns here."""
+    rows = [[*row, value] for row, value in zip(matrix, right)]
+    count = len(rows)
+    for k in range(count):
+        pivot = max(range(k, count), key=lambda n: abs(rows[n][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for row in rows[k + 1 :]:
+            factor = row[k] / rows[k][k]
+            row[k:] = [a - factor * b for a, b in zip(row[k:], rows[k][k:])]
+    found = [0.0] * count
+    for k in reversed(range(count)):
+        found[k] = (rows[k][-1] - sum(rows[k][m] * found[m] for m in range(k + 1, count))) / rows[k][k]
+    return found
