@@ -15,11 +15,12 @@ from torch import nn
 from dit_accel.cache.scope import ranges
 from dit_accel.denoiser.arguments import grid_of, latents_in
 from dit_accel.denoiser.clock import StepInfo, TimeArgument
-from dit_accel.denoiser.contract import ContractChanged, Observer, shape_key
+from dit_accel.denoiser.contract import ContractChanged, shape_key
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.layers import layers_of
+from dit_accel.denoiser.observer import Observer
 from dit_accel.denoiser.samples import join, rows_of, select, why_joint
 from dit_accel.denoiser.subclass import wrap_instance
 from dit_accel.denoiser.whole import rebuilder, tensors_in
@@ -258,7 +259,9 @@ class AttachedDenoiser:
         cache = policy.cache
         if cache is None or policy.is_exact or not self.time_argument.names:
             why = "exact policy" if policy.is_exact else "no time step"
-            return Forward(cache, policy.predictor, state, info, None, None, self.block_names, reason=why)
+            return Forward(
+                cache=cache, forecast=policy.predictor, state=state, info=info, names=self.block_names, reason=why
+            )
         contract = run.contracts.get((self.name, key))
         observer = None
         reason = ""
@@ -270,12 +273,22 @@ class AttachedDenoiser:
             reason = f"refused: {contract.refusal}"
         span = lane.control.span if cache.reference == "corrector" else None
         forecast = REUSE_ALONE if run.reuses else policy.predictor
-        forward = Forward(cache, forecast, state, info, contract, observer, self.block_names, span, reason=reason)
-        forward.latent = latents_in(args, kwargs)
+        forward = Forward(
+            cache=cache,
+            forecast=forecast,
+            state=state,
+            info=info,
+            contract=contract,
+            observer=observer,
+            names=self.block_names,
+            span=span,
+            latent=latents_in(args, kwargs),
+            sample=sample or 0,
+            reason=reason,
+        )
         if forward.latent is not None and forward.latent.ndim == 3:
             forward.grid = grid_of(kwargs, forward.latent.shape[1])
         self.session.calibration.equip(forward, self.name)
-        forward.sample = sample or 0
         lead = run.leads.get((self.name, forward.sample))
         if cache.branches == "first" and lead is not None and lead[0] == info.step and lead[1] != info.branch:
             forward.led = lead[2]
