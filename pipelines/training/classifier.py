@@ -1,25 +1,22 @@
-"""Classifiers: augmentation, training loop and command line that the two feature extractors share.
+"""Classifiers: augmentation and optimizer that the two feature extractors share, over the loop of `loop.py`.
 
-Seeded (each step draws from its own generator), resumable (safetensors + JSON); what is published is a moving average.
+Seeded (each step draws from its own generator); what is published is a moving average.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
-from training.trainer import save_atomically
+from training.loop import Loop, average_decay, settings_from, settings_parser
 
 from dit_accel.features import ExtractorConfig, FeatureExtractor
 
@@ -130,11 +127,14 @@ def rate_factor(step: int, config: ClassifierConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 
-class ClassifierTrainer:
+class ClassifierTrainer(Loop):
     """AdamW, one cycle; weights and the statistics of the norms are averaged."""
 
+    clock = staticmethod(time.process_time)
+
     def __init__(self, task: Task, config: ClassifierConfig, work: Path):
-        self.task, self.config, self.work = task, config, work
+        super().__init__(task.name, config, work)
+        self.task = task
         torch.manual_seed(config.seed)
         self.model = FeatureExtractor(task.extractor)
         self.average = FeatureExtractor(task.extractor).eval()
@@ -146,7 +146,6 @@ class ClassifierTrainer:
             {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.98))
-        self.step, self.seconds = 0, 0.0
 
     def train_step(self) -> float:
         config = self.config
@@ -164,8 +163,7 @@ class ClassifierTrainer:
             group["lr"] = config.rate * rate_factor(self.step, config)
         self.adam.step()
         self.adam.zero_grad()
-        # A half-life that grows with the run: early averages must not remember the random start.
-        keep = 0.5 ** (1 / min(config.ema_half_life, 1 + self.step / 10))
+        keep = average_decay(self.step, config.ema_half_life)
         now = self.model.state_dict()
         with torch.no_grad():
             for name, tensor in self.average.state_dict().items():
@@ -176,23 +174,16 @@ class ClassifierTrainer:
         self.step += 1
         return loss.item()
 
-    def save(self) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, their average and the optimizer's state."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for i, parameter in enumerate(self.parameters):
             tensors |= {f"adam.{i}.{key}": tensor for key, tensor in self.adam.state[parameter].items()}
-        tensors["progress"] = torch.tensor([self.step, self.seconds], dtype=torch.float64)
-        save_atomically(tensors, self.work / "checkpoint.safetensors")
-        (self.work / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
+        return tensors
 
-    def resume(self) -> None:
-        path = self.work / "checkpoint.safetensors"
-        if not path.exists():
-            return
-        earlier = ClassifierConfig(**json.loads((self.work / "config.json").read_text()))
-        if earlier != self.config:
-            raise SystemExit(f"{path} was made with {earlier}; use the same settings, or another --work folder")
-        tensors = load_file(str(path))
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -201,25 +192,6 @@ class ClassifierTrainer:
         self.average.load_state_dict(part("average."))
         for i, parameter in enumerate(self.parameters):
             self.adam.state[parameter] = part(f"adam.{i}.")
-        self.step, self.seconds = int(tensors["progress"][0]), float(tensors["progress"][1])
-        print(f"resumed at step {self.step}", flush=True)
-
-    def run(self, save_every: int) -> None:
-        self.resume()
-        recent, started = 0.0, time.process_time()
-        with tqdm(total=self.config.steps, initial=self.step, mininterval=5, desc=self.task.name) as bar:
-            while self.step < self.config.steps:
-                loss = self.train_step()
-                recent = loss if not recent else 0.98 * recent + 0.02 * loss
-                bar.update()
-                if self.step % 50 == 0:
-                    with (self.work / "loss.csv").open("a") as file:
-                        file.write(f"{self.step},{recent:.5f}\n")
-                    bar.set_postfix(loss=f"{recent:.4f}")
-                if self.step % save_every == 0 or self.step == self.config.steps:
-                    self.seconds += time.process_time() - started
-                    started = time.process_time()
-                    self.save()
 
     def publish(self, out: Path) -> None:
         """Write the averaged weights, and how they were made and what they get right beside them."""
@@ -233,22 +205,8 @@ class ClassifierTrainer:
 
 def main(description: str, defaults: ClassifierConfig, task: Callable[[ClassifierConfig], Task]) -> None:
     """The command line of a training script. task: makes the data from a config."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
-    parser.add_argument("--out", type=Path, help="write the finished classifier here")
-    for field in fields(defaults):
-        value = getattr(defaults, field.name)
-        if not isinstance(value, bool):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help=f"{value}")
-    parser.add_argument(
-        "--bf16", action="store_true", help="forward and backward in bfloat16 (faster with avx512_bf16)"
-    )
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    config = replace(defaults, **{field.name: getattr(arguments, field.name) for field in fields(defaults)})
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments = settings_parser(description, defaults, "classifier", save_every=200, threads=1).parse_args()
+    config = settings_from(arguments, defaults)
     trainer = ClassifierTrainer(task(config), config, arguments.work)
     trainer.run(arguments.save_every)
     if arguments.out:

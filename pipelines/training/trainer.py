@@ -1,27 +1,23 @@
-"""Trainer: the loop, the checkpoints and the command line that all training scripts here share.
+"""Trainer: how the pipelines here are trained, over the loop of `loop.py`.
 
-Seeded (each step draws from its own generator, so a resumed run sees the same batches), resumable (safetensors + JSON),
-with a moving average of the weights, and samples written while it trains.
+Seeded (each step draws from its own generator, so a resumed run sees the same batches), with a moving average of the
+weights, and samples written while it trains.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from training.attention import plain_attention
+from training.loop import Loop, average_decay, settings_from, settings_parser
 from training.muon import Muon
 
 
@@ -67,17 +63,14 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     return max(0.0, min(1.0, (step + 1) / config.warmup, decay))
 
 
-def save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary))
-    os.replace(temporary, path)
-
-
-class Trainer:
+class Trainer(Loop):
     """Muon for the matrices inside the blocks, AdamW for the rest."""
 
+    may_change = ("steps",)
+
     def __init__(self, task: Task, config: TrainConfig, work: Path):
-        self.task, self.config, self.work = task, config, work
+        super().__init__(task.name, config, work)
+        self.task = task
         self.named = dict(task.model.named_parameters())
         matrices = {
             name: p for name, p in self.named.items() if "blocks." in name and p.ndim == 2 and "embedding" not in name
@@ -86,7 +79,6 @@ class Trainer:
         self.rest = [p for name, p in self.named.items() if name not in matrices]
         self.adam = torch.optim.AdamW(self.rest, lr=config.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.ema = {name: p.detach().clone() for name, p in self.named.items()}
-        self.step, self.seconds = 0, 0.0
 
     def train_step(self) -> float:
         config = self.config
@@ -100,34 +92,25 @@ class Trainer:
         self.adam.step()
         for parameter in self.named.values():
             parameter.grad = None
-        # A half-life that grows with the run: early averages must not remember the random start.
-        keep = 0.5 ** (1 / min(config.ema_half_life, 1 + self.step / 10))
+        keep = average_decay(self.step, config.ema_half_life)
         with torch.no_grad():
             for name, average in self.ema.items():
                 average.lerp_(self.named[name], 1 - keep)
         self.step += 1
         return loss.item()
 
-    def save(self) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, their average and the state of both optimizers."""
         tensors = {f"model.{n}": p.detach() for n, p in self.named.items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.items()}
         tensors |= {f"muon.{n}": t for n, t in self.muon.state.items()}
         for i, parameter in enumerate(self.rest):
             state = self.adam.state[parameter]
             tensors |= {f"adam.{i}.{key}": state[key].reshape(-1) for key in ("step", "exp_avg", "exp_avg_sq")}
-        tensors["progress"] = torch.tensor([self.step, self.seconds], dtype=torch.float64)
-        save_atomically(tensors, self.work / "checkpoint.safetensors")
-        (self.work / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
+        return tensors
 
-    @torch.no_grad()
-    def resume(self) -> None:
-        path = self.work / "checkpoint.safetensors"
-        if not path.exists():
-            return
-        earlier = type(self.config)(**json.loads((self.work / "config.json").read_text()))
-        if replace(earlier, steps=self.config.steps) != self.config:
-            raise SystemExit(f"{path} was made with {earlier}; use the same settings, or another --work folder")
-        tensors = load_file(str(path))
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
         for name, parameter in self.named.items():
             parameter.copy_(tensors[f"model.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
@@ -139,8 +122,6 @@ class Trainer:
                 "exp_avg": tensors[f"adam.{i}.exp_avg"].reshape(parameter.shape).clone(),
                 "exp_avg_sq": tensors[f"adam.{i}.exp_avg_sq"].reshape(parameter.shape).clone(),
             }
-        self.step, self.seconds = int(tensors["progress"][0]), float(tensors["progress"][1])
-        print(f"resumed at step {self.step}", flush=True)
 
     def averaged_pipeline(self) -> Any:
         """A pipeline of its own that holds the averaged weights."""
@@ -150,25 +131,10 @@ class Trainer:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def run(self, save_every: int, sample_every: int) -> None:
-        self.resume()
-        recent, started = 0.0, time.monotonic()
-        with tqdm(total=self.config.steps, initial=self.step, mininterval=5, desc=self.task.name) as bar:
-            while self.step < self.config.steps:
-                loss = self.train_step()
-                recent = loss if not recent else 0.98 * recent + 0.02 * loss
-                bar.update()
-                if self.step % 50 == 0:
-                    with (self.work / "loss.csv").open("a") as file:
-                        file.write(f"{self.step},{recent:.5f}\n")
-                    bar.set_postfix(loss=f"{recent:.4f}")
-                if self.step % save_every == 0 or self.step == self.config.steps:
-                    self.seconds += time.monotonic() - started
-                    started = time.monotonic()
-                    self.save()
-                if self.step % sample_every == 0:
-                    path = self.work / f"samples-{self.step:06d}.png"
-                    self.task.samples(self.averaged_pipeline(), path, steps=28, rows=3)
+    def sample(self) -> None:
+        """A picture of what the averaged weights make by now."""
+        path = self.work / f"samples-{self.step:06d}.png"
+        self.task.samples(self.averaged_pipeline(), path, steps=28, rows=3)
 
     @torch.no_grad()
     def final_loss(self, batches: int = 40) -> float:
@@ -199,25 +165,11 @@ class Trainer:
 
 def main(description: str, defaults: TrainConfig, task: Callable[[Any], Task], beside: Path) -> None:
     """The command line of a training script. task: makes the model and its data from a config; beside: its folder."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and samples")
-    parser.add_argument("--out", type=Path, help="write the finished pipeline here")
-    for field in fields(defaults):
-        value = getattr(defaults, field.name)
-        if isinstance(value, bool):
-            continue
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help=f"{value}")
-    parser.add_argument(
-        "--bf16", action="store_true", help="forward and backward in bfloat16 (faster with avx512_bf16)"
-    )
+    parser = settings_parser(description, defaults, "pipeline", save_every=100, threads=2)
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
-    parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--sample-every", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    config = replace(defaults, **{field.name: getattr(arguments, field.name) for field in fields(defaults)})
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    config = settings_from(arguments, defaults)
     made = task(config)
     if arguments.compile:
         for name, module in made.model.named_children():
@@ -225,6 +177,6 @@ def main(description: str, defaults: TrainConfig, task: Callable[[Any], Task], b
                 for block in module:
                     block.compile()
     trainer = Trainer(made, config, arguments.work)
-    trainer.run(arguments.save_every, arguments.sample_every)
+    trainer.run(arguments.save_every, lambda: None if trainer.step % arguments.sample_every else trainer.sample())
     if arguments.out:
         trainer.publish(arguments.out, beside)
