@@ -31,14 +31,16 @@ def gather(folder: Path) -> dict[str, float]:
             "results/compare-balanced/comparison.json",
         )
     )
-    found = {"seed": training["seed"], "final loss": training["final_loss"]}
+    found = {"seed": training["seed"], "final loss": training["final_loss"], "captions": captions["samples"]}
     for head, value in captions["plain"]["satisfied"].items():
         found[f"caption satisfied: {head}"] = value["share"]
+    found["items of the forecast error"] = dynamics["items"]
     for interval in INTERVALS:
         for order in ORDERS:
             key = f"every {interval}, order {order}"
             found[f"forecast error, {key}"] = dynamics["trained"]["forecast_error"][key]
     found["correlation of first block and stack"] = dynamics["trained"]["head_stack_correlation"]
+    found["items of the presets"] = len(comparison["items"])
     for name in ("accelerated", "fewer"):
         way = comparison[name]
         label = "balanced" if name == "accelerated" else "fewer steps"

@@ -15,9 +15,12 @@ def record(folder: Path, seed: int, loss: float) -> None:
     way = {"flops_share": 0.35, "psnr": {"mean": 40.0 + seed, "worst": 30.0}}
     for name, data in {
         "training.json": {"seed": seed, "final_loss": loss},
-        "results/captions.json": {"plain": {"satisfied": {"noun": {"share": 0.9}}}},
-        "results/dynamics.json": {"trained": {"forecast_error": errors, "head_stack_correlation": 0.5}},
-        "results/compare-balanced/comparison.json": {"accelerated": way, "fewer": way},
+        "results/captions.json": {"samples": 64, "plain": {"satisfied": {"noun": {"share": 0.9}}}},
+        "results/dynamics.json": {
+            "items": 8,
+            "trained": {"forecast_error": errors, "head_stack_correlation": 0.5},
+        },
+        "results/compare-balanced/comparison.json": {"accelerated": way, "fewer": way, "items": [{}] * (4 + seed)},
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(data))
@@ -30,6 +33,7 @@ def test_table_has_every_seed_their_mean_and_their_spread(tmp_path: Path) -> Non
     lines = (tmp_path / "0" / "results" / "seeds.md").read_text().splitlines()
     assert lines[0] == "|  | seed 0 | seed 1 | seed 2 | mean | standard deviation |"
     assert "| final loss | 0.1 | 0.2 | 0.6 | 0.3 | 0.2646 |" in lines
+    assert "| items of the presets | 4 | 5 | 6 | 5 | 1 |" in lines, "seeds measured on unlike many items show it"
     assert "| balanced, PSNR mean | 40 | 41 | 42 | 41 | 1 |" in lines
     assert [row["seed"] for row in json.loads((tmp_path / "0" / "results" / "seeds.json").read_text())] == [0, 1, 2]
 
