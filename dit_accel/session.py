@@ -14,7 +14,7 @@ from dit_accel.calibration import Calibration
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
-from dit_accel.denoiser.samples import join, select
+from dit_accel.denoiser.samples import count_samples, join, rows_of, select
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
 from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
@@ -144,7 +144,7 @@ class Session:
         """One step of the scheduler: for each sample by itself where they are told apart and corrected."""
         arguments = bind(plain, args, kwargs)
         if run.samples is None and self._tells_samples_apart:
-            run.split(1 if arguments is None else arguments["sample"].shape[0])
+            run.split(1 if arguments is None else count_samples(arguments["sample"], arguments["model_output"]))
             if run.joint is not None:
                 self.stats.warn(f"Decisions are made for the whole batch, not for each sample: {run.joint}.")
         if run.clock.step == 0 and arguments is not None and self._forecasts:
@@ -161,14 +161,15 @@ class Session:
             return self._step_lane(
                 run, run.lanes[0], scheduler, plain, arguments, lambda: plain(scheduler, *args, **kwargs)
             )
-        before, results = attributes_of(scheduler), []
+        before, results, rows = attributes_of(scheduler), [], arguments["sample"].shape[0]
+        places = [rows_of(number, rows, len(run.lanes)) for number in range(len(run.lanes))]
         for number, lane in enumerate(run.lanes):
             restore(scheduler, before if lane.scheduler is None else lane.scheduler)
-            own = {name: select(value, [number], len(run.lanes)) for name, value in arguments.items()}
+            own = {name: select(value, places[number], rows) for name, value in arguments.items()}
             result = self._step_lane(run, lane, scheduler, plain, own, lambda own=own: plain(scheduler, **own), number)
             lane.scheduler = attributes_of(scheduler)
             results.append(result)
-        return join(results, range(len(results)))
+        return join(results, places)
 
     @property
     def _forecasts(self) -> bool:

@@ -240,8 +240,7 @@ class AttachedDenoiser:
         self._record(run, forwards, key, time.perf_counter() - started)
         for lane, forward in zip(run.lanes, forwards):
             lane.decide(forward.decision, self.name)
-        order = [row for own in places for row in own]
-        return join(results, [order.index(row) for row in range(rows)])
+        return join(results, places)
 
     def _forward(
         self, run: RunState, info: StepInfo, key: Any, args: Any, kwargs: Any, sample: int | None = None

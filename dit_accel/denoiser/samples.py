@@ -33,6 +33,16 @@ def select(value: Any, rows: Sequence[int], count: int, name: str = "") -> Any:
     return value
 
 
+def count_samples(sample: Tensor, output: Tensor) -> int:
+    """How many samples one step of a scheduler moves [R, ...]: R, or half of that where both halves are the same.
+
+    DiTPipeline gives each guidance branch a row of its own here too; they stay equal, so they are one sample.
+    """
+    rows, half = sample.shape[0], sample.shape[0] // 2
+    is_double = rows > 1 and rows % 2 == 0 and all(torch.equal(v[:half], v[half:]) for v in (sample, output))
+    return half if is_double else rows
+
+
 def why_joint(args: Sequence[Any], kwargs: Mapping[str, Any], latent: Tensor | None, samples: int) -> str | None:
     """Why the rows of a call cannot be told apart by sample; `None` where they can."""
     if latent is None or not latent.ndim:
@@ -47,10 +57,12 @@ def why_joint(args: Sequence[Any], kwargs: Mapping[str, Any], latent: Tensor | N
     return None
 
 
-def join(results: Sequence[Any], order: Sequence[int]) -> Any:
-    """One result out of those of parts of the batch. order: place of each row of the whole in the parts, joined."""
+def join(results: Sequence[Any], places: Sequence[Sequence[int]]) -> Any:
+    """One result out of those of parts of the batch. places: of each part, the rows of the whole that it has."""
+    given = [row for own in places for row in own]
+    order = sorted(range(len(given)), key=given.__getitem__)
     columns = zip(*(tensors_in(result) for result in results))
-    return rebuilder(results[0])([torch.cat(list(column))[list(order)] for column in columns])
+    return rebuilder(results[0])([torch.cat(list(column))[order] for column in columns])
 
 
 def rows_of(sample: int, rows: int, samples: int) -> list[int]:

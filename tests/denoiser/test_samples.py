@@ -11,7 +11,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.cache import Scope
-from dit_accel.denoiser.samples import join, rows_of, select, why_joint
+from dit_accel.denoiser.samples import count_samples, join, rows_of, select, why_joint
 from dit_accel.testing import tiny_pipelines
 
 STEPS = 12
@@ -32,8 +32,17 @@ def test_what_has_a_row_for_each_sample_is_taken_apart() -> None:
 
 def test_parts_are_joined_in_the_order_of_the_rows() -> None:
     parts = [(torch.tensor([[0.0], [2.0]]),), (torch.tensor([[1.0], [3.0]]),)]
-    (joined,) = join(parts, [0, 2, 1, 3])
+    (joined,) = join(parts, [[0, 2], [1, 3]])
     assert joined.flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_equal_halves_are_the_guidance_branches_of_the_same_samples() -> None:
+    x, y = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3)
+    assert (
+        count_samples(x, x) == 2 and count_samples(x[:1], x[:1]) == 1 and count_samples(x[[0, 1, 0]], x[[0, 1, 0]]) == 3
+    )
+    assert count_samples(x.repeat(2, 1), y.repeat(2, 1)) == 2
+    assert count_samples(x.repeat(2, 1), torch.cat([y, x])) == 4, "one noise, but two pictures"
 
 
 @pytest.mark.parametrize(
@@ -108,3 +117,19 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name: str, policy: str) -> No
     for sample, one in enumerate(alone):
         assert float((together[sample : sample + 1] - one).norm() / one.norm()) < 1e-9
     assert batch_share < 1.0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_guidance_rows_that_the_scheduler_sees_are_one_sample(policy: str) -> None:
+    """DiTPipeline steps both guidance branches of a picture; they are decided together, and pictures apart."""
+    tiny = tiny_pipelines.build("dit")
+    tiny.pipe.to(torch.float64)
+    labels = [1, 3, 5]
+    with dit_accel.apply(tiny.pipe, POLICIES[policy]) as session:
+        alone = [call(tiny, {"class_labels": [label]}, [number]) for number, label in enumerate(labels)]
+        assert not any("samples computed" in record.reason for record in session.stats.steps)
+        session.reset()
+        together = call(tiny, {"class_labels": labels}, [0, 1, 2])
+        assert not session.stats.warnings and session.stats.flops_share < 1.0
+    for sample, one in enumerate(alone):
+        assert float((together[sample : sample + 1] - one).norm() / one.norm()) < 1e-9
