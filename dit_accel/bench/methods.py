@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
+from dit_accel.cache import Schedule, Scope
 from dit_accel.denoiser.find import find_denoisers
 
 Attach = Callable[[Any], Callable[[], None]]
@@ -103,6 +105,17 @@ def published() -> list[Method]:
     return rows
 
 
+def grown(steps: int, gap: int) -> str:
+    """A mask whose computed steps lie ever farther apart, until they are `gap` steps apart; the last is computed."""
+    computed, at = {0, steps - 1}, 0
+    for span in itertools.chain((1, 1), range(2, gap), itertools.repeat(gap)):
+        at += span
+        if at >= steps:
+            break
+        computed.add(at)
+    return "".join("1" if step in computed else "0" for step in range(steps))
+
+
 def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Method]:
     """Presets and rivals, swept. branches: guidance makes two calls a step; mag_ratios: `None` is no MagCache."""
     from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
@@ -138,6 +151,10 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
     for tolerance in (0.006, 0.02):
         swept = Policy.named("balanced", threshold=tolerance, max_skips=9)
         rows.append(Method("dit_accel corrected, 9 skips", f"{tolerance}", ours(swept)))
+    for gap in (3, 4, 5, 6):
+        cache = BlockCache(threshold=None, schedule=Schedule(mask=grown(steps, gap)), scope=Scope("model", "output"))
+        attach = ours(Policy(cache, Forecast("newton", order=2, damping=0.5)))
+        rows.append(Method("dit_accel grown gaps, Newton 2 damped", f"to {gap}", attach))
     for threshold in (0.06, 0.1, 0.2, 0.3):
         cache = BlockCache(threshold, "forecast", warmup=3, tail=1, max_skips=4)
         rows.append(
