@@ -8,6 +8,7 @@ pipeline at full steps with the same seed, one item a call, from tensors; of a v
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections import Counter
@@ -208,6 +209,9 @@ def load_workload(
 ) -> Workload:
     """Workload of a pipeline folder, with its prompts.txt and its call defaults unless others are given."""
     pipe = load_pipeline(folder)
+    for name, module in find_denoisers(pipe).items():
+        # Loaded weights lie in the file's own places, and kernels round by how they lie: a copy made later would differ.
+        setattr(pipe, name, copy.deepcopy(module))
     arguments = call_defaults(folder)
     name = Caller(pipe).guidance
     if guidance is not None and name is not None:

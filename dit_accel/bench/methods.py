@@ -152,7 +152,8 @@ def methods(steps: int, branches: bool, mag_ratios: Tensor | None) -> list[Metho
         swept = Policy.named("balanced", threshold=tolerance, max_skips=9)
         rows.append(Method("dit_accel corrected, 9 skips", f"{tolerance}", ours(swept)))
     for gap in (3, 4, 5, 6):
-        cache = BlockCache(threshold=None, schedule=Schedule(mask=grown(steps, gap)), scope=Scope("model", "output"))
+        mask = Schedule(mask=grown(steps, gap))
+        cache = BlockCache(threshold=None, schedule=mask, max_skips=None, scope=Scope("model", "output"))
         attach = ours(Policy(cache, Forecast("newton", order=2, damping=0.5)))
         rows.append(Method("dit_accel grown gaps, Newton 2 damped", f"to {gap}", attach))
     for threshold in (0.06, 0.1, 0.2, 0.3):
