@@ -210,7 +210,7 @@ def load_workload(
     """Workload of a pipeline folder, with its prompts.txt and its call defaults unless others are given."""
     pipe = load_pipeline(folder)
     for name, module in find_denoisers(pipe).items():
-        # Loaded weights lie in the file's own places, and kernels round by how they lie: a copy made later would differ.
+        # Kernels round by where weights lie in memory: so all of them are copies, as those that methods are given.
         setattr(pipe, name, copy.deepcopy(module))
     arguments = call_defaults(folder)
     name = Caller(pipe).guidance
