@@ -1,5 +1,7 @@
 """Methods: the schedules that the curves sweep."""
 
+import itertools
+
 import pytest
 
 from dit_accel.bench.methods import grown
@@ -21,4 +23,4 @@ def test_gaps_grow_and_the_ends_are_computed(steps: int, gap: int, expected: str
 @pytest.mark.parametrize("gap", [3, 4, 5, 6])
 def test_no_gap_is_longer_than_asked_for(gap: int) -> None:
     computed = [step for step, sign in enumerate(grown(50, gap)) if sign == "1"]
-    assert max(later - step for step, later in zip(computed, computed[1:])) == gap
+    assert max(later - step for step, later in itertools.pairwise(computed)) == gap
