@@ -44,6 +44,11 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
 	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
 
+ITEMS ?= 8
+bench-tiny-%: $(VENV)/.installed-bench
+	for guidance in 1 3; do $(BIN)/python -m dit_accel.bench.curves pipelines/tiny-$* --guidance $$guidance \
+		--items $(ITEMS) --out pipelines/tiny-$*/results || exit 1; done
+
 PIPELINES ?= tiny-flux tiny-sd3 tiny-dit tiny-wan
 CLASSIFIER = pipelines/$(if $(findstring wan,$(1)),shapes,fashion)-classifier
 

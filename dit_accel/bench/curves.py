@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept, kept_about = recorded(arguments.out / stem, workload, arguments.only) if arguments.only else ([], {})
     results = measure_all(workload, [method for method in chosen if arguments.only in method.family], skipped)
     about = {
-        "command": f"python -m dit_accel.bench.curves {arguments.pipeline} --guidance {arguments.guidance:g}",
+        "command": f"python -m dit_accel.bench.curves {arguments.pipeline} --guidance {arguments.guidance:g} "
+        f"--items {len(workload.prompts)}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "items": len(workload.prompts),

@@ -68,7 +68,7 @@ class Forecast(Settings):
     confidence: float | None = setting(
         None,
         "forecast only while forecasts missed the last computed steps by at most this many times what plain reuse "
-        "would have, else reuse; null always forecasts (useful: 1 to 1.5)",
+        "would have, else reuse; null always forecasts (useful: 0.5, careful, to 1.5)",
         minimum=0.0,
     )
     storage: str = setting(
