@@ -41,8 +41,7 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 1 --out pipelines/tiny-flux/results
-	$(BIN)/python -m dit_accel.bench.curves pipelines/tiny-flux --guidance 3 --out pipelines/tiny-flux/results
+	$(MAKE) bench-tiny-flux ITEMS=32
 	$(BIN)/python -m dit_accel.bench.overhead pipelines/tiny-flux --out pipelines/tiny-flux/results
 
 ITEMS ?= 8

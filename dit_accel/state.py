@@ -20,6 +20,7 @@ from dit_accel.denoiser.contract import Contract
 from dit_accel.forecast.confidence import Confidence
 from dit_accel.forecast.corrector import Corrector
 from dit_accel.forecast.predictors import Kind
+from dit_accel.forecast.weights import differ
 
 Unit = Hashable
 """What is remembered by itself: MODEL, a range of places in the stack, or (place, name) of a layer in a block."""
@@ -119,11 +120,6 @@ def _stored(value: Tensor, storage: str) -> Tensor:
     if storage == "host":
         return value.to("cpu")
     return value.to(torch.bfloat16) if value.dtype in (torch.float32, torch.float64) else value
-
-
-def differ(a: float, b: float) -> bool:
-    """False where two coordinates are the same place (solvers repeat sigmas)."""
-    return abs(a - b) >= 1e-9
 
 
 @dataclass(frozen=True)

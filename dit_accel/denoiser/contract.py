@@ -100,16 +100,8 @@ class Contract:
         return tuple(v for k, v in pairs if k not in streams and isinstance(v, Tensor) and v.is_floating_point())
 
     @property
-    def head(self) -> int:
-        return self.stack[0]
-
-    @property
     def probe_end(self) -> int:
         return self.stack[self.probe - 1]
-
-    @property
-    def tail(self) -> int:
-        return self.stack[-1]
 
     def pass_through(self, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a skipped block returns: its own inputs, in the structure of its outputs."""

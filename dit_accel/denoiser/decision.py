@@ -241,10 +241,10 @@ class Decision(Memory):
         state, cache = self.state, self.cache
         assert cache is not None
         if cache.scope.is_model:
-            return MODEL in state.units and self._is_open("", MODEL, contract)
+            return MODEL in state.units and self._is_open("", MODEL)
         if cache.scope.has_layers:
-            return any(self._is_open(kind, unit, contract) for unit, kind in contract.layers.items())
-        chosen = [one for one in self._ranges(contract) if one in state.units and self._is_open("", one, contract)]
+            return any(self._is_open(kind, unit) for unit, kind in contract.layers.items())
+        chosen = [one for one in self._ranges(contract) if one in state.units and self._is_open("", one)]
         if cache.ranking is not None and state.gate.skips == 0:
             state.odd = frozenset()
         elif cache.ranking is not None:
@@ -265,7 +265,7 @@ class Decision(Memory):
             found |= {own[number] for number in odd}
         return frozenset(found)
 
-    def _is_open(self, kind: str, unit: Unit, contract: Contract) -> bool:
+    def _is_open(self, kind: str, unit: Unit) -> bool:
         """True where the unit's own mask, if it has one, lets it be skipped at this step."""
         if not self.masks:
             return True

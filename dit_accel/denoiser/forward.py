@@ -96,7 +96,7 @@ class Forward(Decision):
         if not self.cache.scope.skips_layer(kind) or (place, name) not in contract.layers:
             return run()
         unit: Unit = (place, name)
-        if self.skipping and place >= self.cache.probe_blocks and self._is_open(kind, unit, contract):
+        if self.skipping and place >= self.cache.probe_blocks and self._is_open(kind, unit):
             anchors = self.state.units.get(unit)
             if anchors:
                 self.skipped_layers.append((place, name))

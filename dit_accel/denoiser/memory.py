@@ -16,8 +16,8 @@ from dit_accel.denoiser.contract import Contract, ContractChanged
 from dit_accel.forecast import Forecast
 from dit_accel.forecast.confidence import learn
 from dit_accel.forecast.predictors import Evidence, Limits, combine, weights_for
-from dit_accel.forecast.weights import reuse_weights
-from dit_accel.state import Anchor, BranchState, Unit, differ
+from dit_accel.forecast.weights import differ, reuse_weights
+from dit_accel.state import Anchor, BranchState, Unit
 
 
 @dataclass(kw_only=True)

@@ -39,7 +39,7 @@ def count_samples(sample: Tensor, output: Tensor) -> int:
     DiTPipeline gives each guidance branch a row of its own here too; they stay equal, so they are one sample.
     """
     rows, half = sample.shape[0], sample.shape[0] // 2
-    is_double = rows > 1 and rows % 2 == 0 and all(torch.equal(v[:half], v[half:]) for v in (sample, output))
+    is_double = rows > 1 and rows % 2 == 0 and all(_repeats(value, half) for value in (sample, output))
     return half if is_double else rows
 
 
@@ -50,7 +50,7 @@ def why_joint(args: Sequence[Any], kwargs: Mapping[str, Any], latent: Tensor | N
     rows = latent.shape[0]
     if rows % samples:
         return f"a call has {rows} rows for {samples} samples"
-    if rows > samples and not all(torch.equal(latent[:samples], part) for part in latent.split(samples)):
+    if rows > samples and not _repeats(latent, samples):
         return "the rows of a call are not the samples, one guidance branch after the other"
     if any(isinstance(value, list) and len(value) != rows and _holds_tensors(value) for value in kwargs.values()):
         return "an argument is a list that does not have an entry for each row"
@@ -68,6 +68,11 @@ def join(results: Sequence[Any], places: Sequence[Sequence[int]]) -> Any:
 def rows_of(sample: int, rows: int, samples: int) -> list[int]:
     """Rows of one sample, in the order of the branches."""
     return list(range(sample, rows, samples))
+
+
+def _repeats(value: Tensor, rows: int) -> bool:
+    """True where these first rows stand there over and over."""
+    return all(torch.equal(value[:rows], part) for part in value.split(rows))
 
 
 def _holds_tensors(values: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.forecast.predictors import combine
-from dit_accel.forecast.weights import newton_weights
+from dit_accel.forecast.weights import differ, newton_weights
 
 # How a model's output moves with its sample. 0: not at all; 1: so that the clean estimate stays. Measured: of
 # no account for flow matching; for noise prediction with DDIM and guidance 0 loses up to 4 dB against 0.5, 1 up to 2.
@@ -153,8 +153,7 @@ class Corrector:
 
     def _computed(self, call: SchedulerStep) -> tuple[Any, Audit | None]:
         """A step with an output of the model's own: correct what was skipped before it, or try what skipping costs."""
-        # solvers repeat sigmas, and two nodes in one place have no polynomial
-        others = [known for known in self.known if abs(known.coordinate - call.coordinate) >= 1e-9]
+        others = [known for known in self.known if differ(known.coordinate, call.coordinate)]
         estimate, output, sample, audit = call.estimate(), call.output, call.sample, None
         self.known = [*others, Known(call.coordinate, output, estimate)][-self.order - 1 :]
         complete = len(self.skipped) == self.span - 1

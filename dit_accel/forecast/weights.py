@@ -9,6 +9,11 @@ import math
 from collections.abc import Sequence
 
 
+def differ(a: float, b: float) -> bool:
+    """False where two coordinates are the same place: solvers repeat sigmas, and two nodes there have no polynomial."""
+    return abs(a - b) >= 1e-9
+
+
 def reuse_weights(u: Sequence[float], v: float, order: int = 0) -> list[float]:
     """Order 0: the newest anchor as it is (FORA 2407.01425, FBCache)."""
     del v, order

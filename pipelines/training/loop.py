@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from dit_accel.files import replacing
 
 
 class Loop(ABC):
@@ -49,7 +50,8 @@ class Loop(ABC):
     def save(self) -> None:
         """Write a checkpoint; an interrupted one leaves the earlier whole."""
         progress = torch.tensor([self.step, self.seconds], dtype=torch.float64)
-        save_atomically(self.tensors() | {"progress": progress}, self.work / "checkpoint.safetensors")
+        with replacing(self.work / "checkpoint.safetensors") as temporary:
+            save_file(self.tensors() | {"progress": progress}, str(temporary))
         (self.work / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
 
     @torch.no_grad()
@@ -86,20 +88,15 @@ class Loop(ABC):
                 after_step()
 
 
-def save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors beside `path`, then put them in its place."""
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary))
-    os.replace(temporary, path)
-
-
 def average_decay(step: int, half_life: float) -> float:
     """Share of the moving average that a step keeps: its half-life grows with the run, so that early averages do not
     remember the random start."""
     return 0.5 ** (1 / min(half_life, 1 + step / 10))
 
 
-def settings_parser(description: str, defaults: Any, result: str, save_every: int, threads: int) -> Any:
+def settings_parser(
+    description: str, defaults: Any, result: str, save_every: int, threads: int
+) -> argparse.ArgumentParser:
     """The command line of a training script: every setting that is not a flag of its own, and where to write.
 
     result: what `--out` holds in the end.
