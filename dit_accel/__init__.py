@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_accel.api import apply as apply
+    from dit_accel.attention import BlockSparse as BlockSparse
+    from dit_accel.attention.find_grid import register_grid as register_grid
+    from dit_accel.attention.grid import TokenGrid as TokenGrid
     from dit_accel.cache import BlockCache as BlockCache
     from dit_accel.errors import CheckpointError as CheckpointError
     from dit_accel.errors import DitAccelError as DitAccelError
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from dit_accel.forecast import Forecast as Forecast
     from dit_accel.policy import Policy as Policy
     from dit_accel.policy import policies as policies
+    from dit_accel.resolution import Progressive as Progressive
     from dit_accel.session import Session as Session
     from dit_accel.stats import Stats as Stats
     from dit_accel.stats import StepRecord as StepRecord
@@ -31,6 +35,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "apply": "api",
     "BlockCache": "cache",
+    "BlockSparse": "attention",
+    "TokenGrid": "attention.grid",
+    "register_grid": "attention.find_grid",
     "CheckpointError": "errors",
     "DitAccelError": "errors",
     "NonFiniteError": "errors",
@@ -40,6 +47,7 @@ _HOMES = {
     "Forecast": "forecast",
     "Policy": "policy",
     "policies": "policy",
+    "Progressive": "resolution",
     "Session": "session",
     "Stats": "stats",
     "StepRecord": "stats",

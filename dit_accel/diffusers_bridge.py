@@ -51,6 +51,26 @@ def foreign_cache(target: Any, denoisers: Mapping[str, nn.Module]) -> str | None
     return None
 
 
+def foreign_attention(module: nn.Module) -> str | None:
+    """A sentence about attention that does not go through torch's `scaled_dot_product_attention`, and how to turn it
+    back; `None` where it does, as far as can be seen before it runs."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    if getattr(module, "_parallel_config", None) is not None:
+        return "context parallelism is on, which shows each process a part of the tokens only; turn it off"
+    processors = [p for child in module.modules() if (p := getattr(child, "processor", None)) is not None]
+    own = {getattr(processor, "_attention_backend", None) for processor in processors} - {None}
+    everywhere = _AttentionBackendRegistry.get_active_backend()[0]
+    if own:
+        foreign = sorted(name for one in own if "native" not in (name := str(getattr(one, "value", one))))
+        return f"the attention backend {foreign[0]!r} is set; call reset_attention_backend() on it" if foreign else None
+    name = str(getattr(everywhere, "value", everywhere))
+    uses = any(hasattr(processor, "_attention_backend") for processor in processors)
+    if uses and "native" not in name:
+        return f"the attention backend {name!r} is in force; call set_attention_backend('native') on the transformer"
+    return None
+
+
 def is_compiled(module: nn.Module) -> bool:
     """True where this module or one inside it was compiled in place by `module.compile()`."""
     return any(vars(child).get("_compiled_call_impl") is not None for child in module.modules())

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.attention import BlockSparse
 from dit_accel.cache import BlockCache
 from dit_accel.cache.schedule import must_compute
 from dit_accel.denoiser.find import find_block_lists, find_denoisers
@@ -57,7 +58,7 @@ def explain(
     for key, module in denoisers.items():
         lines += _denoiser_lines(key, module)
     lines += _policy_lines(checked)
-    if checked.cache is not None and not checked.is_exact:
+    if checked.cache is not None and checked.skips:
         turns = turns_of(target, denoisers, steps)
         lines += _turn_lines(target, denoisers, turns)
         for key, module in denoisers.items():
@@ -82,9 +83,13 @@ def _denoiser_lines(name: str, module: nn.Module) -> list[str]:
 def _policy_lines(policy: Policy) -> list[str]:
     """The policy in words."""
     cache, forecast = policy.cache, policy.predictor
-    if cache is None or policy.is_exact:
+    if policy.is_exact:
         return ["The policy is exact: every block runs at every step, and the result is that of the plain pipeline."]
-    lines = [*_scope_lines(cache), *_gate_lines(cache)]
+    sparse = [] if policy.attention is None or not policy.is_sparse else _attention_lines(policy.attention)
+    sparse += [] if policy.resolution is None or not policy.is_staged else [policy.resolution.described()]
+    if cache is None or not policy.skips:
+        return ["Every block runs at every step.", *sparse]
+    lines = [*_scope_lines(cache), *_gate_lines(cache), *sparse]
     limit = "no limit" if cache.max_skips is None else f"at most {cache.max_skips} in a row"
     lines.append(f"  Longest run of skipped steps: {limit}.")
     tail = f" and the last {cache.tail}" if cache.tail else ""
@@ -100,6 +105,24 @@ def _policy_lines(policy: Policy) -> list[str]:
     number = "" if count == 1 else f"{count} "
     lines.append(f"  Kept in memory: the last {number}{held}, for each denoiser and guidance branch.")
     return lines
+
+
+def _attention_lines(attention: BlockSparse) -> list[str]:
+    """Which part of the attention is computed, in words."""
+    goals = [f"at least {attention.density:.0%} of the key blocks"] if attention.density else []
+    goals += [] if attention.top_p is None else [f"as many as hold {attention.top_p:.0%} of the probability"]
+    goals += [] if attention.threshold is None else [f"all above a probability of {attention.threshold:g}"]
+    kept = f"; always kept: {', '.join(attention.keep)}" if attention.keep else ""
+    when = f"every {attention.search_every} steps" if attention.search_every > 1 else "at every step"
+    when = f"at steps {_ranges(list(attention.search_steps))}" if attention.search_steps else when
+    dense = [f"the first {attention.dense_steps:.0%} of the steps"] if attention.dense_steps else []
+    dense += [f"the first {attention.dense_layers:.0%} of the layers"] if attention.dense_layers else []
+    dense += [f"sequences below {attention.min_tokens} tokens"] if attention.min_tokens else []
+    return [
+        f"  Attention: blocks of {attention.block_size} queries see {' and '.join(goals)} (score {attention.score!r}, "
+        f"order {attention.order!r}, chosen {when}){kept}.",
+        f"  Attention stays dense: {', '.join([*dense, 'cross-attention and what no token grid is known for'])}.",
+    ]
 
 
 def _probe(cache: BlockCache) -> str:
@@ -236,7 +259,7 @@ def _problems(policy: Policy, target: Any, denoisers: dict[str, nn.Module], step
         if owner_of(module) is not None and owner_of(module) is not owner_of(target)
     ]
     cache = policy.cache
-    if cache is None or policy.is_exact:
+    if cache is None or not policy.skips:
         return problems
     if steps is not None and steps < cache.fewest_steps:
         problems.append(

@@ -11,13 +11,16 @@ from typing import Any
 
 import yaml
 
+from dit_accel.attention import BlockSparse
 from dit_accel.cache import BlockCache
 from dit_accel.errors import PolicyError, nearest
 from dit_accel.files import write_atomically
 from dit_accel.forecast import Forecast
+from dit_accel.resolution import Progressive
 from dit_accel.settings import Settings, from_mapping, schema_of, setting
 
 VERSION = 1
+FIELDS = ("cache", "forecast", "attention", "resolution")
 _FORMATS = (".json", ".yaml", ".yml")
 
 
@@ -25,11 +28,15 @@ _FORMATS = (".json", ".yaml", ".yml")
 class Policy(Settings):
     """The mechanisms, one field each; `Policy()` does nothing and is bit-exact.
 
-    cache: when are blocks skipped; forecast: what stands in for them (`None` reuses the last residual).
+    cache: when are blocks skipped; forecast: what stands in for them (`None` reuses the last residual); attention:
+    which key blocks does a query block see (`None` is dense); resolution: at which size are early steps made (`None` is
+    full size).
     """
 
     cache: BlockCache | None = setting(None, "when are blocks skipped")
     forecast: Forecast | None = setting(None, "what stands in for a skipped block; null reuses the last residual")
+    attention: BlockSparse | None = setting(None, "which key blocks does a query block see; null is dense")
+    resolution: Progressive | None = setting(None, "at which size are early steps made; null is full size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,13 +60,28 @@ class Policy(Settings):
         return self.forecast or Forecast("reuse", order=0)
 
     @property
+    def skips(self) -> bool:
+        """True where blocks may be skipped."""
+        return self.cache is not None and self.cache.can_skip
+
+    @property
+    def is_sparse(self) -> bool:
+        """True where attention may be computed in part."""
+        return self.attention is not None and not self.attention.is_exact
+
+    @property
+    def is_staged(self) -> bool:
+        """True where early steps are made at another size, or on another schedule."""
+        return self.resolution is not None and not self.resolution.is_exact
+
+    @property
     def is_exact(self) -> bool:
         """True where this policy cannot change any result."""
-        return self.cache is None or not self.cache.can_skip
+        return not self.skips and not self.is_sparse and not self.is_staged
 
     @staticmethod
     def named(name: str, **overrides: Any) -> Policy:
-        """A preset or published method by name; overrides are settings of its cache or forecast, or whole fields.
+        """A preset or published method by name; overrides are settings of its parts, or whole fields.
 
         "teacache:mochi" is a method with what was published for that family of models.
 
@@ -69,13 +91,13 @@ class Policy(Settings):
         from dit_accel import presets
 
         policy = presets.named(name)
-        whole = {key: overrides.pop(key, getattr(policy, key)) for key in ("cache", "forecast")}
+        whole = {key: overrides.pop(key, getattr(policy, key)) for key in FIELDS}
         parts = {key: value.to_dict() for key, value in whole.items() if isinstance(value, Settings)}
         owners = [*parts.values(), *(v for part in parts.values() for v in part.values() if isinstance(v, dict))]
         for key, value in overrides.items():
             owner = next((settings for settings in owners if key in settings), None)
             if owner is None:
-                allowed = ["cache", "forecast", *(known for settings in owners for known in settings)]
+                allowed = [*FIELDS, *(known for settings in owners for known in settings)]
                 raise PolicyError(f"The policy {name!r} has no setting {key!r}; {nearest(key, allowed)}.")
             owner[key] = value.to_dict() if isinstance(value, Settings) else value
         return from_mapping(Policy, whole | parts)
@@ -84,7 +106,7 @@ class Policy(Settings):
     def from_dict(data: Mapping[str, Any]) -> Policy:
         """Inverse of `to_dict`; unknown keys are errors that name the nearest known one."""
         if not isinstance(data, Mapping):
-            raise PolicyError(f"A policy is a mapping of cache and forecast; got {type(data).__name__}.")
+            raise PolicyError(f"A policy is a mapping of {', '.join(FIELDS)}; got {type(data).__name__}.")
         fields = dict(data)
         version = fields.pop("version", VERSION)
         if version != VERSION:

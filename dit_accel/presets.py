@@ -53,10 +53,37 @@ def _family(name: str, parts: Callable[[Any, Any], tuple[BlockCache, Forecast | 
     return make
 
 
+def _rule(name: str, parts: Callable[[Any], Any] = lambda module: module.settings()) -> Callable[[], Policy]:
+    """A published rule of block-sparse attention. name: of its module; parts: what of it makes the settings."""
+    return lambda: Policy(attention=parts(importlib.import_module(f"dit_accel.attention.methods.{name}")))
+
+
+def _rule_family(name: str) -> Callable[[str], Policy]:
+    """The same, with what its `PUBLISHED` says for a family of models."""
+
+    def make(family: str) -> Policy:
+        published = importlib.import_module(f"dit_accel.attention.methods.{name}").PUBLISHED
+        if family not in published:
+            raise PolicyError(f"Nothing is published for models named {family!r}; {nearest(family, published)}.")
+        return Policy(attention=published[family])
+
+    return make
+
+
+def _without_gates() -> Policy:
+    raise PolicyError(
+        "SeerAttention needs gates that were learned for the model; name their file: 'seerattention:FILE.safetensors'."
+    )
+
+
 # "name:family" is the method as published for that family of models, such as "teacache:mochi".
 FAMILIES: dict[str, Callable[[str], Policy]] = {
     "cg-taylor": _family("cg_taylor", lambda m, entry: (m.cache(*entry), m.forecast())),
     "dicache": _family("dicache", lambda m, entry: (m.cache(*entry), m.forecast())),
+    "jenga": _rule_family("jenga"),
+    "radial": _rule_family("radial"),
+    "seerattention": lambda file: _rule("seer", lambda module: module.settings(file))(),
+    "svg": _rule_family("svg1"),
     "easycache": _family("easycache", lambda m, entry: (m.cache(*entry), None)),
     "magcache": _family("magcache", lambda m, entry: (m.cache(*entry), None)),
     "speca": _family("speca", lambda m, entry: (m.cache(*entry[:-1]), m.forecast(entry[-1]))),
@@ -76,6 +103,31 @@ def named(name: str) -> Policy:
         raise PolicyError(f"{method!r} has no settings of its own for families of models; leave out {':' + family!r}.")
     return PRESETS[method].policy
 
+
+RULES: dict[str, Preset] = {
+    "adaspa": Preset(
+        _rule("adaspa"), "AdaSpa (2502.21079): blocks by their true share of attention, sought at two steps"
+    ),
+    "jenga": Preset(
+        _rule("jenga"), "Jenga's attention (2505.16864): mean scores along a Hilbert curve, and neighbours"
+    ),
+    "moba": Preset(_rule("moba"), "MoBA (2502.13189): the key blocks whose mean is nearest to the queries"),
+    "pbs-attn": Preset(
+        _rule("pbs_attn"), "PBS-Attn (2510.21270): keys sorted by weight inside segments, then mean scores"
+    ),
+    "proxyattn": Preset(_rule("proxyattn"), "ProxyAttn (2509.24745): heads share the ranking of their mean head"),
+    "radial": Preset(_rule("radial"), "Radial Attention (2506.19852): the farther two frames, the narrower the band"),
+    "seerattention": Preset(_without_gates, "SeerAttention (2410.13276): a learned gate scores; 'seerattention:FILE'"),
+    "sliding-tile": Preset(
+        _rule("sliding_tile"), "Sliding Tile Attention (2502.04507): a window of tiles around the own"
+    ),
+    "spargeattn": Preset(
+        _rule("spargeattn"), "SpargeAttn (2502.18137): mean scores of blocks that are alike in themselves"
+    ),
+    "svg": Preset(_rule("svg1"), "Sparse VideoGen (2502.01776): a band of frames or of places, whichever errs less"),
+    "vsa": Preset(_rule("vsa"), "Video Sparse Attention (2505.13389): mean scores of tiles of 4 x 4 x 4 tokens"),
+    "xattention": Preset(_rule("xattention"), "XAttention (2503.16428): sums along antidiagonals of the scores"),
+}
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(Policy, "computes everything, bit-equal to the plain pipeline; only counts"),
@@ -190,4 +242,5 @@ PRESETS: dict[str, Preset] = {
         _method("teacache", lambda m: (m.cache(), None)),
         "TeaCache (2411.19108): the change of the modulated input, rescaled for FLUX and summed",
     ),
+    **RULES,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def report_text(session: Session) -> str:
         )
         for reason, count in totals.reasons.most_common():
             lines.append(f"  {count:6d} x {reason}")
-        if totals.blocks_run == totals.blocks_total:
+        lines += _attention_lines(session)
+        if totals.blocks_run == totals.blocks_total and not session.stats.sparse_calls:
             lines.append(f"Nothing was skipped: {_why_nothing(session)}.")
     if stats.nonfinite:
         lines.append(f"{stats.nonfinite} steps were recomputed because a cached feature was not finite.")
@@ -34,11 +36,29 @@ def report_text(session: Session) -> str:
     return "\n".join(lines)
 
 
+def _attention_lines(session: Session) -> list[str]:
+    """Which part of the attention was made, and why calls stayed dense."""
+    layers = session.stats.attention
+    if not session.policy.is_sparse or not layers:
+        return []
+    seen, sparse = sum(layer.seen for layer in layers.values()), session.stats.sparse_calls
+    work = sum(layer.work for layer in layers.values()) / sparse if sparse else 1.0
+    reasons: Counter[str] = sum((layer.dense for layer in layers.values()), Counter())
+    lines = [
+        f"Attention: {sparse} of {_count(seen, 'call')} in {_count(len(layers), 'layer')} sparse, at {work:.1%} of the "
+        f"dense work with the search; {session.stats.attention_density:.1%} over all steps"
+    ]
+    return lines + [f"  {count:6d} x dense: {reason}" for reason, count in reasons.most_common()]
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _why_nothing(session: Session) -> str:
+    if session.policy.is_sparse and not session.policy.skips:
+        reasons = ", ".join(sorted({reason for layer in session.stats.attention.values() for reason in layer.dense}))
+        return f"all attention stayed dense ({reasons or 'none was seen'})"
     if session.policy.is_exact:
         return "the policy is exact and computes everything"
     for attached in session.denoisers.values():

@@ -10,17 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.attention.route import AttentionEvent
 from dit_accel.calibration import Calibration
 from dit_accel.denoiser.attach import AttachedDenoiser
 from dit_accel.denoiser.clock import Clock
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.samples import count_samples, join, rows_of, select
 from dit_accel.denoiser.subclass import owner_of, wrap_instance
-from dit_accel.diffusers_bridge import components_of, foreign_cache, is_pipeline, takes_timestep
+from dit_accel.diffusers_bridge import components_of, foreign_attention, foreign_cache, is_pipeline, takes_timestep
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
 from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, adds_noise, attributes_of, bind, restore
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
+from dit_accel.stages import run_stages, why_not
 from dit_accel.state import Lane, RunState
 from dit_accel.stats import COMPUTE, RECOMPUTE, Stats, StepRecord
 
@@ -38,8 +40,10 @@ class Session:
         self.lock = threading.RLock()
         self._undo = contextlib.ExitStack()
         self._callbacks: list[Callable[[StepRecord], None]] = []
+        self.listeners: list[Callable[[AttentionEvent], None]] = []
         self._run: RunState | None = None
         self._runs = 0
+        self.stage_bias = 0.0  # added to the scores of text keys, while a smaller stage of Progressive is in force
         self.calibration = Calibration(policy.cache)
         self._scheduler: Any = None
         self._unwrap_scheduler: Callable[[], None] | None = None
@@ -67,10 +71,18 @@ class Session:
         """
         modules = find_denoisers(self.target)
         self._check_time(modules)
+        reason = why_not(self.target, self.policy.resolution) if self.policy.is_staged else None
+        if reason is not None and self.strict:
+            raise UnsupportedModelError(reason)
+        if reason is not None:
+            self.stats.warn(f"{reason} So all steps are made at full size.")
         foreign = foreign_cache(self.target, modules)
         if foreign is not None:
             raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
         for name, module in modules.items():
+            other = foreign_attention(module) if self.policy.is_sparse else None
+            if other is not None:
+                raise UnsupportedModelError(f"The attention of {name} cannot be made sparse: {other}.")
             if owner_of(module) not in (None, replaces):
                 raise UnsupportedModelError(
                     f"{name} already belongs to a session on another object; call remove() on that session first."
@@ -107,6 +119,8 @@ class Session:
             if pipe is not session.target:
                 return base.__call__(pipe, *args, **kwargs)
             with session._open_run(None):
+                if session.policy.is_staged:
+                    return run_stages(session, base.__call__, args, kwargs)
                 return base.__call__(pipe, *args, **kwargs)
 
         return call
@@ -175,14 +189,14 @@ class Session:
     def _forecasts(self) -> bool:
         """True where skipped steps are forecast, and no corrector asks the same of the scheduler."""
         forecast = self.policy.predictor
-        return not self.policy.is_exact and not forecast.corrector and forecast.predictor != "reuse"
+        return self.policy.skips and not forecast.corrector and forecast.predictor != "reuse"
 
     @property
     def _tells_samples_apart(self) -> bool:
         """True where what is skipped depends on the features; a schedule is the same for all samples."""
         cache = self.policy.cache
         gated = cache is not None and (cache.is_gated or cache.reference == "corrector" or cache.ranking is not None)
-        return not self.policy.is_exact and (gated or self.policy.predictor.needs_signal)
+        return self.policy.skips and (gated or self.policy.predictor.needs_signal)
 
     def _step_lane(
         self,
@@ -279,7 +293,7 @@ class Session:
     def _corrector(self, scheduler: Any) -> Corrector | None:
         """The corrector of one run; a run without a scheduler that we can see has none, and says so."""
         order = self.policy.predictor.corrector
-        if not order or self.policy.is_exact:
+        if not order or not self.policy.skips:
             return None
         if scheduler is None:
             self._refuse_uncorrected()
@@ -318,7 +332,7 @@ class Session:
     def check_steps(self, run: RunState) -> None:
         """Refuse a run that is too short for the policy to skip anything (under strict)."""
         cache, total = self.policy.cache, run.clock.total
-        if cache is None or self.policy.is_exact or total is None or total >= cache.fewest_steps:
+        if cache is None or not self.policy.skips or total is None or total >= cache.fewest_steps:
             return
         sentence = (
             f"{total} steps are too few for this policy, which computes {cache.warmup} at the start and {cache.tail} "
@@ -339,6 +353,11 @@ class Session:
     def on_step(self, callback: Callable[[StepRecord], None]) -> Callable[[StepRecord], None]:
         """Call `callback(record)` after every denoiser call; returns it, so that it works as a decorator."""
         self._callbacks.append(callback)
+        return callback
+
+    def on_attention(self, callback: Callable[[AttentionEvent], None]) -> Callable[[AttentionEvent], None]:
+        """Call `callback(event)` after every attention call of the blocks, where the policy makes attention sparse."""
+        self.listeners.append(callback)
         return callback
 
     def reset(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.attention.grid import TokenGrid
+from dit_accel.attention.search import Memory
 from dit_accel.cache.gate import GateState, Verdict
 from dit_accel.cache.indicator import mean_absolute, relative_l1
 from dit_accel.cache.methods.easycache import transformation_rate
@@ -169,7 +171,8 @@ class RunState:
     apart, if they are not; reuses: nothing is forecast, since the scheduler adds noise; leads: what the first branch of
     a denoiser decided, and at which step; outputs:
     of the first branch and its step, where others are told by their difference; calls: arguments of the first call of
-    each denoiser, until the samples are known.
+    each denoiser, until the samples are known; kept_blocks: what attention calls found, for later steps; grids: of
+    their tokens.
     """
 
     number: int
@@ -183,6 +186,8 @@ class RunState:
     joint: str | None = None
     reuses: bool = False
     leads: dict[tuple[str, int], tuple[int, str, Verdict]] = field(default_factory=dict)
+    kept_blocks: dict[Any, Memory] = field(default_factory=dict)
+    grids: dict[Any, TokenGrid | None] = field(default_factory=dict)
     outputs: dict[tuple[str, int], tuple[int, list[Any]]] = field(default_factory=dict)
     calls: dict[str, Callable[[int], str | None]] = field(default_factory=dict)
 
@@ -200,6 +205,7 @@ class RunState:
         """The state of a branch; every branch starts anew with a new list of time steps (another stage, or segment)."""
         if self.stage != self.clock.stage:
             self.branches.clear()
+            self.kept_blocks.clear()
             for lane in self.lanes:
                 lane.restart()
             self.stage = self.clock.stage
@@ -209,4 +215,5 @@ class RunState:
         """Memory held by features of this run, in bytes."""
         held = [t for branch in self.branches.values() for t in branch.tensors()]
         held += [t for lane in self.lanes if lane.corrector is not None for t in lane.corrector.tensors()]
-        return sum(t.numel() * t.element_size() for t in held)
+        kept = sum(memory.nbytes for memory in self.kept_blocks.values())
+        return kept + sum(t.numel() * t.element_size() for t in held)

@@ -59,6 +59,33 @@ class AuditRecord:
 
 
 @dataclass
+class LayerAttention:
+    """Attention calls of one layer under a sparse policy. sparse: calls of which a part was computed; density: mean
+    share of the work that these took, with the search; dense: reason -> calls that stayed dense."""
+
+    sparse: int = 0
+    work: float = 0.0
+    dense: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def seen(self) -> int:
+        return self.sparse + sum(self.dense.values())
+
+    @property
+    def density(self) -> float:
+        return self.work / self.sparse if self.sparse else 1.0
+
+    def add_sparse(self, share: float) -> None:
+        self.sparse, self.work = self.sparse + 1, self.work + share
+
+    def add_dense(self, reason: str) -> None:
+        self.dense[reason] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "sparse": self.sparse, "density": self.density, "dense": dict(self.dense)}
+
+
+@dataclass
 class Totals:
     """Sums over denoiser calls."""
 
@@ -110,6 +137,7 @@ class Stats:
         self.run_count = 0
         self.steps: list[StepRecord] = []
         self.audits: list[AuditRecord] = []
+        self.attention: dict[str, LayerAttention] = {}  # layer -> its calls, where the policy makes attention sparse
         self.flops_source = "none"  # "measured" by a FLOP counter, or "parameters" where blocks are compiled
         self.state_bytes = 0  # peak memory of anchors and probes in any run
         self.nonfinite = 0
@@ -156,9 +184,14 @@ class Stats:
         return self.totals.flops_share
 
     @property
+    def sparse_calls(self) -> int:
+        """Attention calls of which a part was computed."""
+        return sum(layer.sparse for layer in self.attention.values())
+
+    @property
     def attention_density(self) -> float:
-        """Share of attention computed where blocks ran; 1.0 is dense."""
-        return _mean(step.attention_density for step in self.steps)
+        """Mean over the steps in which blocks ran; 1.0 is dense."""
+        return _mean(step.attention_density for step in self.steps if step.blocks_run)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready."""
@@ -169,6 +202,7 @@ class Stats:
             "state_bytes": self.state_bytes,
             "nonfinite": self.nonfinite,
             "attention_density": self.attention_density,
+            "attention": {name: layer.to_dict() for name, layer in self.attention.items()},
             "warnings": list(self.warnings),
             "steps": [asdict(step) for step in self.steps],
             "audits": [asdict(audit) for audit in self.audits],

@@ -49,6 +49,13 @@ class _Counter(TorchDispatchMode):
         return result
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[_Counter]:
+    """Count the FLOPs of torch's operators inside, in `total`; an outer counter does not see these."""
+    with _Counter() as counter:
+        yield counter
+
+
 class FlopMeter:
     """Counts once a shape, and then answers from the table. source: "measured" or "parameters"."""
 
@@ -57,6 +64,7 @@ class FlopMeter:
         self.tables: dict[Any, tuple[int, tuple[int, ...]]] = {}  # key -> FLOPs of the forward, and of each block call
         self.layers: dict[Any, Mapping[tuple[int, str], int]] = {}  # key -> FLOPs of the layers inside blocks
         self.first_layers: Mapping[tuple[int, str], int] = {}  # (block, name) -> the same, of the first shape
+        self.searches: dict[Any, int] = {}  # kind of attention call -> FLOPs of choosing its blocks
         self.source = "parameters" if hides_from_counters(module) else "measured"
         self._counter: _Counter | None = None
         self._total = 0
@@ -64,6 +72,14 @@ class FlopMeter:
     def read(self) -> int:
         """FLOPs counted so far in this forward."""
         return self._counter.total if self._counter is not None else 0
+
+    @contextlib.contextmanager
+    def counted_as(self, flops: int) -> Iterator[None]:
+        """Count what runs inside as so many FLOPs: the table is of the plain model."""
+        before = self.read()
+        yield
+        if self._counter is not None:
+            self._counter.total = before + flops
 
     @contextlib.contextmanager
     def measuring(self, key: Any) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Rules of block-sparse attention from the literature, one file each: published numbers, and how blocks are judged."""

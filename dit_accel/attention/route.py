@@ -1,0 +1,276 @@
+"""Route: the way into a model's softmax attention, without a registry or private names.
+
+Each attention layer inside the blocks gets a one-off `__call__` (denoiser/subclass.py) that runs it under a torch
+function mode; the mode sees every `scaled_dot_product_attention` of that layer, whoever calls it, and hands it to the
+`Route` of the denoiser call in progress. Which key blocks are kept, and the arithmetic, is attend.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from dit_accel_kernels import KernelError, choose_implementation
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dit_accel.attention.attend import attend
+from dit_accel.attention.block_sparse import BlockSparse
+from dit_accel.attention.grid import TokenGrid
+from dit_accel.attention.layout import layout_of
+from dit_accel.attention.search import Memory
+from dit_accel.denoiser.clock import StepInfo
+from dit_accel.denoiser.flops import FlopMeter, attention_flops, counting
+from dit_accel.denoiser.layers import is_attention
+from dit_accel.denoiser.subclass import wrap_instance
+from dit_accel.errors import NonFiniteError
+from dit_accel.stats import LayerAttention
+
+
+class AttentionCall(NamedTuple):
+    """Arguments of `scaled_dot_product_attention`, in torch's order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied by."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class AttentionEvent:
+    """One attention call, for listeners.
+
+    query, key: [B, H, S, D] in the order of the sequence; key_bias: [B or 1, H or 1, S] or `None`; grid: of the tokens,
+    `None` where unknown; memory: the blocks that were kept, `None` where the call was dense, and reason says why.
+    """
+
+    layer: str
+    step: int
+    branch: str
+    query: Tensor
+    key: Tensor
+    scale: float
+    key_bias: Tensor | None
+    grid: TokenGrid | None
+    memory: Memory | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer of a denoiser. name: its path; depth: place among all of them, from 0 to 1."""
+
+    name: str
+    module: nn.Module
+    depth: float
+
+
+@dataclass
+class Route:
+    """The attention of one denoiser call.
+
+    layers: counts of the whole session, by layer; memories: what the run knows of each call, handed from step to step;
+    branch, rows: tell these calls from others of the same layer; grid: of so many tokens, `None` where unknown;
+    dense, made: FLOPs of the attention calls seen, dense and as they were made, with the search.
+    """
+
+    settings: BlockSparse
+    meter: FlopMeter
+    info: StepInfo
+    denoiser: str
+    rows: tuple[int, ...]
+    grid: Callable[[int], TokenGrid | None]
+    memories: dict[Any, Memory]
+    layers: dict[str, LayerAttention]
+    listeners: Sequence[Callable[[AttentionEvent], None]] = ()
+    dense: int = 0
+    made: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def attention(self, layer: Layer, plain: Callable[[], Tensor], call: AttentionCall) -> Tensor:
+        """One attention call: sparse, or dense with the reason counted."""
+        counts = self.layers.setdefault(layer.name, LayerAttention())
+        number = self.calls[layer.name]
+        self.calls[layer.name] += 1
+        flops = attention_flops(call.query, call.key, call.value) if call.query.ndim == 4 else 0
+        self.dense += flops
+        grid, bias = None, None
+        reason = self._why_dense(layer, call)
+        if reason is None:
+            bias, reason = key_bias(call)
+        if reason is None or self.listeners:
+            grid = self.grid(call.query.shape[2]) if call.query.shape == call.key.shape else None
+            reason = reason or ("unknown token grid" if grid is None else None)
+        memory = None
+        if reason is not None or grid is None:
+            made, output = flops, plain()
+            counts.add_dense(reason or "")
+        else:
+            with self.meter.counted_as(flops):
+                output, memory, made = self._sparse((layer.name, number), grid, bias, call)
+            counts.add_sparse(made / flops)
+        self.made += made
+        for listener in self.listeners:
+            listener(
+                AttentionEvent(
+                    layer.name,
+                    self.info.step,
+                    self.info.branch,
+                    call.query,
+                    call.key,
+                    call.factor,
+                    bias,
+                    grid,
+                    memory,
+                    reason,
+                )
+            )
+        return output
+
+    def _why_dense(self, layer: Layer, call: AttentionCall) -> str | None:
+        """Why this call stays dense; `None` where it may be sparse."""
+        settings, query = self.settings, call.query
+        total = None if self.info.remaining is None else self.info.step + self.info.remaining
+        first_steps = math.ceil(settings.dense_steps * total) if total else math.ceil(settings.dense_steps)
+        checks = {
+            "not of four dimensions": query.ndim != 4 or call.key.ndim != 4,
+            "cross-attention": query.ndim == 4 and query.shape[2:] != call.key.shape[2:],
+            "values of another width": query.shape[-1] != call.value.shape[-1],
+            "short sequence": query.shape[-2] < settings.min_tokens,
+            "causal": call.is_causal,
+            "dropout": call.dropout_p > 0,
+            "grouped queries": call.enable_gqa and query.shape[1] != call.key.shape[1],
+            "gradients": torch.is_grad_enabled() and any(t.requires_grad for t in call[:3]),
+            "first steps": self.info.step < first_steps,
+            "first layers": layer.depth < settings.dense_layers,
+            "exact": settings.is_exact,
+        }
+        return next((reason for reason, holds in checks.items() if holds), None)
+
+    def _sparse(
+        self, place: tuple[str, int], grid: TokenGrid, bias: Tensor | None, call: AttentionCall
+    ) -> tuple[Tensor, Memory | None, int]:
+        """The output, the blocks that were kept, and the FLOPs that it took."""
+        settings, query = self.settings, call.query
+        layout = layout_of(grid, settings.order, settings.tile, settings.block_size)
+        key = (self.denoiser, self.info.branch, self.rows, *place, query.shape, query.dtype)
+        memory = self.memories.get(key)
+        fits = memory is not None and memory.fits(settings, layout, query)
+        searches, kind = self.meter.searches, (layout, query.shape, query.dtype, fits)
+        own_kernel = choose_implementation(query, 0.5, settings.impl) in ("cpu", "triton")  # no operator of torch
+        with contextlib.nullcontext() if own_kernel and kind in searches else counting() as counter:
+            try:
+                result = attend(
+                    settings,
+                    layout,
+                    query,
+                    call.key,
+                    call.value,
+                    scale=call.factor,
+                    key_bias=bias,
+                    memory=memory,
+                    step=self.info.step,
+                    layer=place[0],
+                )
+            except KernelError as error:
+                where = f"{place[0]} at step {self.info.step} ({self.info.branch})"
+                if "NaN" in str(error):
+                    raise NonFiniteError(f"The attention of {where}: {error}") from None
+                raise
+        if result.memory is not None:
+            self.memories[key] = result.memory
+        if not own_kernel:
+            return result.output, result.memory, counter.total if counter else 0
+        if result.searched and counter:
+            searches[kind] = counter.total
+        kept = round(result.density * attention_flops(query, call.key, call.value))
+        return result.output, result.memory, kept + (searches[kind] if result.searched else 0)
+
+
+def key_bias(call: AttentionCall) -> tuple[Tensor | None, str | None]:
+    """(bias of each key [B, H, S], bool or `None`), or (`None`, why this mask is none of keys)."""
+    mask = call.attn_mask
+    if mask is None:
+        return None, None
+    if mask.ndim == 4 and mask.shape[2] == 1:
+        return mask[:, :, 0], None
+    if mask.ndim == 2 and mask.shape == (1, call.key.shape[2]):
+        return mask[None], None
+    return None, "full mask"
+
+
+class _Seen(TorchFunctionMode):
+    """Hands `scaled_dot_product_attention` to a route; everything else passes."""
+
+    def __init__(self, route: Route, layer: Layer):
+        super().__init__()
+        self.route, self.layer = route, layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self.route.attention(self.layer, lambda: func(*args, **kwargs), AttentionCall(*args, **kwargs))
+
+
+def attention_layers(blocks: Mapping[str, nn.Module]) -> list[Layer]:
+    """The outermost attention layers inside blocks, in their order; where no block has one, blocks are the layers.
+
+    blocks: path -> block.
+    """
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(path: str, module: nn.Module) -> None:
+        if is_attention(module):
+            found.append((path, module))
+            return
+        for name, child in module.named_children():
+            walk(f"{path}.{name}", child)
+
+    for path, block in blocks.items():
+        walk(path, block)
+    found = found or list(blocks.items())
+    return [Layer(name, module, place / len(found)) for place, (name, module) in enumerate(found)]
+
+
+def attach_layer(layer: Layer, owner: Any, current: Callable[[], Route | None], undo: contextlib.ExitStack) -> None:
+    """Let the calls of one layer pass through the route in force; pushes the inverse on `undo`."""
+    plain = type(layer.module).__call__
+
+    @wraps(plain)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        route = current()
+        if route is None or module is not layer.module:
+            return plain(module, *args, **kwargs)
+        with _Seen(route, layer):
+            return plain(module, *args, **kwargs)
+
+    # Compiled code cannot hold the mode: the graph breaks here, and what is inside runs as it is.
+    undo.callback(wrap_instance(layer.module, owner, {"__call__": torch.compiler.disable(call)}))
+
+
+@contextlib.contextmanager
+def following(here: Any, route: Route | None) -> Iterator[None]:
+    """Make `route` the one in force. here: holds it as its attribute `route`."""
+    earlier, here.route = here.route, route
+    try:
+        yield
+    finally:
+        here.route = earlier
