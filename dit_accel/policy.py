@@ -65,6 +65,11 @@ class Policy(Settings):
         return self.cache is not None and self.cache.can_skip
 
     @property
+    def biases_text(self) -> bool:
+        """True where stages of lower resolution attend more to the text."""
+        return self.resolution is not None and self.resolution.text_bias != 0
+
+    @property
     def is_sparse(self) -> bool:
         """True where attention may be computed in part."""
         return self.attention is not None and not self.attention.is_exact

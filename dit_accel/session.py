@@ -22,7 +22,8 @@ from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
 from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, adds_noise, attributes_of, bind, restore
 from dit_accel.policy import Policy
 from dit_accel.report import report_text
-from dit_accel.stages import run_stages, why_not
+from dit_accel.stage_plan import why_not
+from dit_accel.stages import run_stages
 from dit_accel.state import Lane, RunState
 from dit_accel.stats import COMPUTE, RECOMPUTE, Stats, StepRecord
 
@@ -80,7 +81,7 @@ class Session:
         if foreign is not None:
             raise UnsupportedModelError(f"Another cache is on already: {foreign}.")
         for name, module in modules.items():
-            other = foreign_attention(module) if self.policy.is_sparse else None
+            other = foreign_attention(module) if self.policy.is_sparse or self.policy.biases_text else None
             if other is not None:
                 raise UnsupportedModelError(f"The attention of {name} cannot be made sparse: {other}.")
             if owner_of(module) not in (None, replaces):

@@ -20,9 +20,10 @@ from dit_accel import BlockCache, Forecast, Policy, PolicyError, UnsupportedMode
 from dit_accel.bench.measure import load_workload
 from dit_accel.cache import Scope
 from dit_accel.explain import explain
+from dit_accel.latents import pack, renoise, resize, unpack
 from dit_accel.quality import psnr
-from dit_accel.resolution import Progressive, Stage, pack, plan, renoise, resize, split_steps, text_bias_of, unpack
-from dit_accel.stages import asked_size, pixels_per_latent, side_multiple
+from dit_accel.resolution import Progressive, Stage, plan, split_steps, text_bias_of
+from dit_accel.stage_plan import asked_size, pixels_per_latent, side_multiple
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.checks import FORCED, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline

@@ -51,6 +51,18 @@ class AttentionCall(NamedTuple):
         """What the scores are multiplied by."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
+    def biased(self, bias: Tensor) -> Tensor:
+        """Dense attention with a bias added to the scores, broadcast to [B, H, S, S]."""
+        return scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=added(self.attn_mask, bias).to(self.query.dtype),
+            dropout_p=self.dropout_p,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
 
 @dataclass(frozen=True)
 class AttentionEvent:
@@ -86,8 +98,9 @@ class Route:
     """The attention of one denoiser call.
 
     layers: counts of the whole session, by layer; memories: what the run knows of each call, handed from step to step;
-    branch, rows: tell these calls from others of the same layer; grid: of so many tokens, `None` where unknown;
-    dense, made: FLOPs of the attention calls seen, dense and as they were made, with the search.
+    rows: tell these calls from others of the same layer; grid: of so many tokens, `None` where unknown; text_bias:
+    added to the scores of text keys; dense, made: FLOPs of the attention calls seen, dense and as they were made, with
+    the search.
     """
 
     settings: BlockSparse
@@ -99,6 +112,7 @@ class Route:
     memories: dict[Any, Memory]
     layers: dict[str, LayerAttention]
     listeners: Sequence[Callable[[AttentionEvent], None]] = ()
+    text_bias: float = 0.0
     dense: int = 0
     made: int = 0
     calls: Counter[str] = field(default_factory=Counter)
@@ -114,14 +128,17 @@ class Route:
         reason = self._why_dense(layer, call)
         if reason is None:
             bias, reason = key_bias(call)
-        if reason is None or self.listeners:
-            grid = self.grid(call.query.shape[2]) if call.query.shape == call.key.shape else None
+        if (reason is None or self.listeners or self.text_bias) and call.query.shape == call.key.shape:
+            grid = self.grid(call.query.shape[2])
             reason = reason or ("unknown token grid" if grid is None else None)
+        text = text_bias(self.text_bias, grid, call.query)
         memory = None
         if reason is not None or grid is None:
-            made, output = flops, plain()
+            made = flops
+            output = plain() if text is None or call.is_causal else call.biased(text[:, :, None])
             counts.add_dense(reason or "")
         else:
+            bias = bias if text is None else added(bias, text)
             with self.meter.counted_as(flops):
                 output, memory, made = self._sparse((layer.name, number), grid, bias, call)
             counts.add_sparse(made / flops)
@@ -213,6 +230,25 @@ def key_bias(call: AttentionCall) -> tuple[Tensor | None, str | None]:
     if mask.ndim == 2 and mask.shape == (1, call.key.shape[2]):
         return mask[None], None
     return None, "full mask"
+
+
+def text_bias(bias: float, grid: TokenGrid | None, query: Tensor) -> Tensor | None:
+    """What a stage of lower resolution adds to the scores of text keys [1, 1, S]; `None` where that is nothing."""
+    if not bias or grid is None or not grid.text_length:
+        return None
+    keys = query.new_zeros(1, 1, grid.tokens, dtype=torch.float32)
+    start = 0 if grid.text_first else grid.image_tokens
+    keys[..., start : start + grid.text_length] = bias
+    return keys
+
+
+def added(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A mask of scores, `None`, bool or additive, and a bias, in one."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias
 
 
 class _Seen(TorchFunctionMode):

@@ -45,8 +45,8 @@ from dit_accel.files import write_atomically
 from dit_accel.quality import psnr, summarize
 
 BLOCK = 16  # the shipped pipelines have some hundred tokens, so blocks are as small as they may be
-DENSITIES = (0.15, 0.25, 0.35, 0.5, 0.7)
-PROBABILITIES = (0.4, 0.6, 0.8, 0.9, 0.97)
+DENSITIES = (0.2, 0.4, 0.6)
+PROBABILITIES = (0.5, 0.75, 0.9)
 RECALL_EVERY = 10  # steps
 
 
@@ -115,12 +115,12 @@ def rules(grid: TokenGrid, gates: Path | None) -> Iterator[tuple[str, str, Block
         yield "ProxyAttn", f"{p:g}", proxyattn.settings(top_p=p, block_size=BLOCK)
         yield "XAttention", f"{p:g}", xattention.settings(p, block_size=BLOCK)
         yield "SpargeAttn", f"{p:g}", spargeattn.settings(-0.1, p)
-    for width in (0.1, 0.2, 0.35, 0.6, 1.0) if grid.frames == 1 else (0.25, 0.5, 1.0, 1.5, 2.5):
+    for width in (0.1, 0.25, 0.5) if grid.frames == 1 else (0.5, 1.0, 2.0):
         yield "SVG", f"{width:g}", svg1.settings(width=width, block_size=BLOCK)
-    for size in range(1, max(tiles)):
+    for size in range(1, max(tiles), 2):
         window = (min(size, tiles[0]), min(size, tiles[1]), min(size, tiles[2]))
         yield "Sliding Tile", "x".join(map(str, window)), sliding_tile.settings(window, tile=tile, block_size=BLOCK)
-    for decay in (0.2, 0.5, 1.0, 2.0) if grid.frames > 1 else ():
+    for decay in (0.2, 1.0, 2.0) if grid.frames > 1 else ():
         yield "Radial", f"{decay:g}", radial.settings(decay, block_size=BLOCK)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dit_accel.attention.block_sparse import BlockSparse
 from dit_accel.attention.find_grid import grid_for
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.route import Route, attention_layers, following
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dit_accel.session import Session
 
 
+DENSE = BlockSparse(density=1.0)
 REUSE_ALONE = Forecast("reuse", order=0)
 
 
@@ -55,8 +57,8 @@ class ServedDenoiser(Recorder):
         own = {id(block): (name, block, path) for name, block, path in reversed(named)}  # tied blocks stand there once
         self.blocks = [(block, path) for _, block, path in reversed(own.values())]
         self.block_names = [name for name, _, _ in reversed(own.values())]
-        sparse = session.policy.is_sparse
-        self.attention = attention_layers(dict(zip(self.block_names, (b for b, _ in self.blocks)))) if sparse else []
+        routed = session.policy.is_sparse or session.policy.biases_text
+        self.attention = attention_layers(dict(zip(self.block_names, (b for b, _ in self.blocks)))) if routed else []
         self.time_argument = TimeArgument(module)
         self.here = _Here()
         self.refusal: str | None = None
@@ -226,8 +228,8 @@ class ServedDenoiser(Recorder):
     def _route(self, run: RunState, info: StepInfo, rows: tuple[int, ...], args: Any, kwargs: Any) -> Route | None:
         """The way of the attention of one call; `None` where the policy leaves it alone. rows: of the batch that the
         call is of, () for all."""
-        settings, module = self.session.policy.attention, self.module
-        if settings is None or not self.attention:
+        settings, module = self.session.policy.attention or DENSE, self.module
+        if not self.attention:
             return None
         key = shape_key((args, kwargs))
 
@@ -239,11 +241,22 @@ class ServedDenoiser(Recorder):
             return run.grids[self.name, key, tokens]
 
         layers = self.session.stats.attention
-        return Route(settings, self.meter, info, self.name, rows, grid, run.kept_blocks, layers, self.session.listeners)
+        return Route(
+            settings,
+            self.meter,
+            info,
+            self.name,
+            rows,
+            grid,
+            run.kept_blocks,
+            layers,
+            self.session.listeners,
+            self.session.stage_bias,
+        )
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
         with self._current(forward):
-            if self.here.route is not None and not self.session.policy.skips:
+            if not self.session.policy.is_exact and not self.session.policy.skips:
                 with self.meter.measuring(key):
                     result = original()
                 self.meter.keep(key, [], [], [])

@@ -56,8 +56,6 @@ def cpu_attention(
     """
     q, k, v = (x.detach() if x.stride(-1) == 1 or x.shape[-1] == 1 else x.detach().contiguous() for x in (q, k, v))
     out = torch.empty_like(q)  # keeps the order of the strides: [B, S, H, D] in memory stays so
-    if out.stride(-1) != 1:  # q was transposed in its last dimension, or that has one entry
-        out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     columns = mask.columns if len(mask.columns) else mask.columns.new_zeros(1)
     library = build.load()

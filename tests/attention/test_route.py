@@ -13,9 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
 from dit_accel import BlockCache, BlockSparse, Forecast, NonFiniteError, Policy, PolicyError, UnsupportedModelError
-from dit_accel.attention.route import AttentionCall, attention_layers, key_bias
+from dit_accel.attention.grid import TokenGrid
+from dit_accel.attention.route import AttentionCall, added, attention_layers, key_bias, text_bias
 from dit_accel.cache import Schedule
 from dit_accel.denoiser.flops import attention_flops
+from dit_accel.resolution import Progressive
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.tiny_pipelines import TinyPipeline
 
@@ -391,3 +393,39 @@ def test_settings_of_attention_reach_a_named_policy() -> None:
     with pytest.raises(PolicyError, match="did you mean 'density'"):
         Policy.named("balanced", attention={"densty": 0.5})
     assert Policy(BlockCache(schedule=Schedule()), attention=SPARSE).cache is not None
+
+
+# -------------------------------------------------------------------------------------------- more weight for the text
+
+
+@pytest.mark.parametrize(("name", "moves"), [("flux", True), ("sd3", True), ("hunyuan_video", True), ("wan", False)])
+@pytest.mark.parametrize("attention", [None, SPARSE], ids=["dense", "sparse"])
+def test_stages_of_lower_resolution_attend_more_to_the_text(
+    name: str, moves: bool, attention: BlockSparse | None
+) -> None:
+    tiny, plain = built(name)
+    size = {side: 2 * tiny.arguments[side] for side in ("height", "width")}
+    tiny = dataclasses.replace(tiny, arguments=tiny.arguments | size)
+    results = []
+    for bias in (0.0, 5.0):
+        staged = Progressive((0.5, 1.0), (0.5,), text_bias=bias)
+        with dit_accel.apply(tiny.pipe, Policy(attention=attention, resolution=staged)) as session:
+            results.append(tiny_pipelines.call(tiny, STEPS))
+            assert session.stage_bias == 0.0, "taken back after the call"
+    assert torch.equal(*results) != moves
+    assert torch.equal(tiny_pipelines.call(built(name)[0], STEPS), plain)
+
+
+def test_a_bias_of_the_text_is_that_of_a_float_mask() -> None:
+    query = torch.randn(1, 2, 10, 8)
+    bias = text_bias(1.5, TokenGrid(1, 2, 3, 4, text_first=True), query)
+    assert bias is not None and bias.tolist() == [[[1.5] * 4 + [0.0] * 6]]
+    last = text_bias(1.5, TokenGrid(1, 2, 3, 4), query)
+    assert last is not None and last.tolist() == [[[0.0] * 6 + [1.5] * 4]]
+    assert text_bias(1.5, TokenGrid(1, 2, 5), query) is None and text_bias(0.0, TokenGrid(1, 2, 3, 4), query) is None
+    shown = torch.tensor([True, False] * 5)[None, None, None]
+    call = AttentionCall(query, query, query, attn_mask=shown)
+    scores = query @ query.mT * 8**-0.5 + bias[:, :, None]
+    expected = scores.masked_fill(~shown, -torch.inf).softmax(-1) @ query
+    torch.testing.assert_close(call.biased(bias[:, :, None]), expected)  # rounding of float32 alone
+    assert torch.equal(added(torch.ones(3), torch.ones(3)), torch.full((3,), 2.0))
