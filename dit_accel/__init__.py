@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dit_accel.cache import BlockCache as BlockCache
     from dit_accel.errors import CheckpointError as CheckpointError
     from dit_accel.errors import DitAccelError as DitAccelError
+    from dit_accel.errors import KernelUnavailableError as KernelUnavailableError
     from dit_accel.errors import NonFiniteError as NonFiniteError
     from dit_accel.errors import PolicyError as PolicyError
     from dit_accel.errors import UnsupportedModelError as UnsupportedModelError
@@ -40,6 +41,7 @@ _HOMES = {
     "register_grid": "attention.find_grid",
     "CheckpointError": "errors",
     "DitAccelError": "errors",
+    "KernelUnavailableError": "errors",
     "NonFiniteError": "errors",
     "PolicyError": "errors",
     "UnsupportedModelError": "errors",

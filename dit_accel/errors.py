@@ -27,6 +27,10 @@ class CheckpointError(DitAccelError, ValueError):
     """A folder of saved weights, or the config in it, cannot be used."""
 
 
+class KernelUnavailableError(DitAccelError, RuntimeError):
+    """A kernel was asked for by name and cannot run on this machine."""
+
+
 class NonFiniteError(DitAccelError, ArithmeticError):
     """A feature stayed NaN or infinite after it was recomputed."""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
 
+import dit_accel_kernels as kernels
 import torch
 from dit_accel_kernels import KernelError, choose_implementation
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from dit_accel.denoiser.clock import StepInfo
 from dit_accel.denoiser.flops import FlopMeter, attention_flops, counting
 from dit_accel.denoiser.layers import is_attention
 from dit_accel.denoiser.subclass import wrap_instance
-from dit_accel.errors import NonFiniteError
+from dit_accel.errors import KernelUnavailableError, NonFiniteError
 from dit_accel.stats import LayerAttention
 
 
@@ -178,7 +179,16 @@ class Route:
             "first layers": layer.depth < settings.dense_layers,
             "exact": settings.is_exact,
         }
-        return next((reason for reason, holds in checks.items() if holds), None)
+        reason = next((reason for reason, holds in checks.items() if holds), None)
+        return reason or self._why_no_kernel(query)
+
+    def _why_no_kernel(self, query: Tensor) -> str | None:
+        """Why dense attention is faster here than the part that the policy asks for."""
+        try:
+            chosen = choose_implementation(query, self.settings.density, self.settings.impl)
+        except kernels.KernelUnavailableError as error:
+            raise KernelUnavailableError(f"BlockSparse.{error}") from None
+        return "no kernel that beats it" if chosen == "dense" and self.settings.impl == "auto" else None
 
     def _sparse(
         self, place: tuple[str, int], grid: TokenGrid, bias: Tensor | None, call: AttentionCall

@@ -9,6 +9,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ from dit_accel.attention.recall import recall
 from dit_accel.attention.route import AttentionEvent
 from dit_accel.attention.search import sorted_by
 from dit_accel.bench.measure import Workload, load_workload
-from dit_accel.bench.results import versions
+from dit_accel.bench.results import sheet, versions
 from dit_accel.files import write_atomically
 from dit_accel.quality import psnr, summarize
 
@@ -228,16 +229,44 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(rows: Sequence[Row], path: Path, about: dict[str, Any]) -> None:
-    """CSV, JSON and PNG. path: without ending."""
+    """CSV, JSON, PNG and a table in Markdown. path: without ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(asdict(rows[0])), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    write_atomically(path.with_suffix(".csv"), table.getvalue())
+    write_atomically(path.with_suffix(".csv"), sheet(rows))
     write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
     write_atomically(path.with_suffix(".png"), plot(rows))
+    write_atomically(path.with_suffix(".md"), table(rows))
+
+
+def at_density(rows: Sequence[Row], density: float) -> tuple[float, float, float] | None:
+    """Mean and worst PSNR and recall of one rule, between its two nearest points; `None` outside them."""
+    known = sorted(rows, key=lambda row: row.density)
+    for one, other in itertools.pairwise(known):
+        if one.density <= density <= other.density and one.density < other.density:
+            share = (density - one.density) / (other.density - one.density)
+            pairs = [(one.psnr_mean, other.psnr_mean), (one.psnr_worst, other.psnr_worst), (one.recall, other.recall)]
+            mean, worst, kept = (a + share * (b - a) for a, b in pairs)
+            return mean, worst, kept
+    return None
+
+
+def table(rows: Sequence[Row], densities: Sequence[float] = (0.4, 0.5, 0.6)) -> str:
+    """Markdown: every rule at equal densities, then the caches with and without sparse attention."""
+    rules = [row for row in rows if not row.rule.endswith((" alone", " and sparse"))]
+    lines = [
+        "| rule | " + " | ".join(f"{d:g} of the blocks" for d in densities) + " |",
+        "|---|" + "---|" * len(densities),
+    ]
+    for name in dict.fromkeys(row.rule for row in rules):
+        points = [at_density([row for row in rules if row.rule == name], density) for density in densities]
+        cells = ["" if p is None else f"{p[0]:.1f} / {p[1]:.1f}, {p[2]:.2f}" for p in points]
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| policy | kept blocks | attention work | FLOPs of the model | PSNR |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row not in rules:
+            cost = f"{row.density:.2f} | {row.work:.2f} | {row.flops_share:.2f}"
+            lines.append(f"| {row.rule} {row.setting} | {cost} | {row.psnr_mean:.1f} / {row.psnr_worst:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows: Sequence[Row]) -> bytes:

@@ -19,14 +19,19 @@ from dit_accel.files import write_atomically
 def write_results(results: Sequence[Result], folder: Path, stem: str, about: dict[str, Any]) -> None:
     """CSV of all rows, JSON of versions and settings, PNG of the curves."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(asdict(results[0])), lineterminator="\n")
-    writer.writeheader()
-    for row in results:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    write_atomically(folder / f"{stem}.csv", table.getvalue())
+    write_atomically(folder / f"{stem}.csv", sheet(results))
     write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2) + "\n")
     write_atomically(folder / f"{stem}.png", plot(results))
+
+
+def sheet(rows: Sequence[Any]) -> str:
+    """CSV of dataclass objects of one kind; numbers with four digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    return text.getvalue()
 
 
 def read_results(path: Path) -> list[Result]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
-from dit_accel import BlockCache, BlockSparse, Forecast, NonFiniteError, Policy, PolicyError, UnsupportedModelError
+from dit_accel import (
+    BlockCache,
+    BlockSparse,
+    Forecast,
+    KernelUnavailableError,
+    NonFiniteError,
+    Policy,
+    PolicyError,
+    UnsupportedModelError,
+)
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.route import AttentionCall, added, attention_layers, key_bias, text_bias
 from dit_accel.cache import Schedule
@@ -393,6 +403,26 @@ def test_settings_of_attention_reach_a_named_policy() -> None:
     with pytest.raises(PolicyError, match="did you mean 'density'"):
         Policy.named("balanced", attention={"densty": 0.5})
     assert Policy(BlockCache(schedule=Schedule()), attention=SPARSE).cache is not None
+
+
+# ---------------------------------------------------------------------------------------------- machines without kernel
+
+
+def test_without_a_compiler_attention_stays_dense_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_accel_kernels.cpu.unavailable", lambda query: "there is no C++ compiler")
+    tiny, plain = built("flux")
+    with dit_accel.apply(tiny.pipe, Policy(attention=dataclasses.replace(SPARSE, density=0.6))) as session:
+        assert torch.equal(tiny_pipelines.call(tiny, STEPS), plain)
+        assert "x dense: no kernel that beats it" in session.report()
+    few = dataclasses.replace(SPARSE, density=0.1)
+    with dit_accel.apply(tiny.pipe, Policy(attention=few)) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the text keeps the tiny grid dense, which is said once
+        assert not torch.equal(tiny_pipelines.call(tiny, STEPS), plain) and session.stats.sparse_calls
+        assert session.stats.attention_density > 0
+    named = dataclasses.replace(SPARSE, impl="cpu")
+    session = dit_accel.apply(tiny.pipe, Policy(attention=named))
+    with session, pytest.raises(KernelUnavailableError, match=r"BlockSparse.impl='cpu' cannot run here: there is no C"):
+        tiny_pipelines.call(tiny, STEPS)
 
 
 # -------------------------------------------------------------------------------------------- more weight for the text
