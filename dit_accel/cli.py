@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import __version__
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, KernelUnavailableError
 from dit_accel.policy import Policy, as_policy, policies
 
 OK, UNEXPECTED, BAD_INPUT, SOME_FAILED, NOT_INSTALLED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
         return arguments.command(arguments)
+    except KernelUnavailableError as error:
+        return _say(NOT_INSTALLED, str(error))
     except DitAccelError as error:
         return _say(BAD_INPUT, str(error))
     except ImportError as error:

@@ -14,10 +14,11 @@ from dit_accel.cache import BlockCache
 from dit_accel.cache.schedule import must_compute
 from dit_accel.denoiser.find import find_block_lists, find_denoisers
 from dit_accel.denoiser.subclass import owner_of
-from dit_accel.diffusers_bridge import foreign_cache, hides_from_counters, is_compiled
+from dit_accel.diffusers_bridge import foreign_attention, foreign_cache, hides_from_counters, is_compiled
 from dit_accel.errors import PolicyError, UnsupportedModelError
 from dit_accel.forecast import Forecast
 from dit_accel.policy import Policy, as_policy
+from dit_accel.stage_plan import why_not
 
 _REFERENCES = {
     "anchor": "its value at the last computed step",
@@ -258,6 +259,11 @@ def _problems(policy: Policy, target: Any, denoisers: dict[str, nn.Module], step
         for name, module in denoisers.items()
         if owner_of(module) is not None and owner_of(module) is not owner_of(target)
     ]
+    if policy.is_sparse:
+        foreign = {name: foreign_attention(module) for name, module in denoisers.items()}
+        problems += [f"The attention of {name} cannot be made sparse: {why}." for name, why in foreign.items() if why]
+    if policy.is_staged and (reason := why_not(target, policy.resolution)) is not None:
+        problems.append(reason)
     cache = policy.cache
     if cache is None or not policy.skips:
         return problems

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import attention_backend
 
 import dit_accel
-from dit_accel import BlockCache, Forecast, Policy
+from dit_accel import BlockCache, BlockSparse, Forecast, Policy, Progressive
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.errors import PolicyError
@@ -172,6 +173,26 @@ def test_it_says_that_a_model_is_compiled() -> None:
     for block in pipe.transformer.transformer_blocks:
         block.compile()
     assert ", compiled (its FLOPs are weighed by parameters)" in explain(pipe, "balanced")
+
+
+def test_sparse_attention_and_stages_in_words_and_what_is_in_their_way() -> None:
+    pipe = tiny_pipelines.build("flux", 6).pipe
+    sparse = Policy(attention=BlockSparse(0.25, top_p=0.9, order="hilbert", search_every=5, dense_layers=0.1))
+    text = explain(pipe, sparse)
+    assert "see at least 25% of the key blocks and as many as hold 90% of the probability" in text
+    assert "order 'hilbert', chosen every 5 steps); always kept: text, self." in text
+    assert "the first 10% of the steps, the first 10% of the layers, sequences below 1024 tokens" in text
+    assert "Every block runs at every step." in text and not problems(pipe, sparse)
+    assert "Attention: blocks of 64" in explain(pipe, Policy.named("balanced", attention=BlockSparse()))
+    with attention_backend("native"):
+        pipe.transformer.set_attention_backend("flex")
+        assert "cannot be made sparse: the attention backend 'flex' is set" in problems(pipe, sparse)
+        pipe.transformer.reset_attention_backend()
+    staged = Policy(resolution=Progressive())
+    assert "0.75 from 0% of the steps on, 1 from 50% of the steps on" in explain(pipe, staged)
+    assert not problems(pipe, staged)
+    modular = tiny_pipelines.build("flux_modular", 6).pipe
+    assert "cannot be divided into stages" in problems(modular, Policy(resolution=Progressive()))
 
 
 def test_wrong_input_is_an_error() -> None:

@@ -26,7 +26,7 @@ from dit_accel.attention.attend import attend
 from dit_accel.attention.block_sparse import BlockSparse
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.layout import layout_of
-from dit_accel.attention.search import Memory
+from dit_accel.attention.search import Memory, must_search
 from dit_accel.denoiser.clock import StepInfo
 from dit_accel.denoiser.flops import FlopMeter, attention_flops, counting
 from dit_accel.denoiser.layers import is_attention
@@ -199,9 +199,11 @@ class Route:
         key = (self.denoiser, self.info.branch, self.rows, *place, query.shape, query.dtype)
         memory = self.memories.get(key)
         fits = memory is not None and memory.fits(settings, layout, query)
+        searching = must_search(settings, memory if fits else None, self.info.step)
         searches, kind = self.meter.searches, (layout, query.shape, query.dtype, fits)
         own_kernel = choose_implementation(query, 0.5, settings.impl) in ("cpu", "triton")  # no operator of torch
-        with contextlib.nullcontext() if own_kernel and kind in searches else counting() as counter:
+        known = own_kernel and (kind in searches or not searching)  # counting costs more than a small search
+        with contextlib.nullcontext() if known else counting() as counter:
             try:
                 result = attend(
                     settings,
@@ -224,10 +226,10 @@ class Route:
             self.memories[key] = result.memory
         if not own_kernel:
             return result.output, result.memory, counter.total if counter else 0
-        if result.searched and counter:
+        if counter:
             searches[kind] = counter.total
         kept = round(result.density * attention_flops(query, call.key, call.value))
-        return result.output, result.memory, kept + (searches[kind] if result.searched else 0)
+        return result.output, result.memory, kept + (searches[kind] if searching else 0)
 
 
 def key_bias(call: AttentionCall) -> tuple[Tensor | None, str | None]:

@@ -9,7 +9,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from dit_accel.attention.route import AttentionEvent
 from dit_accel.attention.search import sorted_by
 from dit_accel.bench.measure import Workload, load_workload
 from dit_accel.bench.results import sheet, versions
+from dit_accel.bench.tables import read_off
 from dit_accel.files import write_atomically
 from dit_accel.quality import psnr, summarize
 
@@ -238,15 +238,12 @@ def write_rows(rows: Sequence[Row], path: Path, about: dict[str, Any]) -> None:
 
 
 def at_density(rows: Sequence[Row], density: float) -> tuple[float, float, float] | None:
-    """Mean and worst PSNR and recall of one rule, between its two nearest points; `None` outside them."""
-    known = sorted(rows, key=lambda row: row.density)
-    for one, other in itertools.pairwise(known):
-        if one.density <= density <= other.density and one.density < other.density:
-            share = (density - one.density) / (other.density - one.density)
-            pairs = [(one.psnr_mean, other.psnr_mean), (one.psnr_worst, other.psnr_worst), (one.recall, other.recall)]
-            mean, worst, kept = (a + share * (b - a) for a, b in pairs)
-            return mean, worst, kept
-    return None
+    """Mean and worst PSNR and recall of one rule at a density, read off between its points; `None` outside them."""
+    mean, worst, kept = (
+        read_off([(row.density, getattr(row, name)) for row in rows], density)
+        for name in ("psnr_mean", "psnr_worst", "recall")
+    )
+    return None if mean is None or worst is None or kept is None else (mean, worst, kept)
 
 
 def table(rows: Sequence[Row], densities: Sequence[float] = (0.4, 0.5, 0.6)) -> str:

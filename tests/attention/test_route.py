@@ -405,6 +405,18 @@ def test_settings_of_attention_reach_a_named_policy() -> None:
     assert Policy(BlockCache(schedule=Schedule()), attention=SPARSE).cache is not None
 
 
+def test_the_kernel_with_every_block_gives_what_dense_attention_gives() -> None:
+    """One step, since later ones enlarge any rounding: 1e-6 is what two orders of summation differ by in float32."""
+    tiny, _ = built("flux")
+    plain = tiny_pipelines.call(tiny, 1)
+    every = dataclasses.replace(SPARSE, threshold=0.0, impl="cpu")
+    with dit_accel.apply(tiny.pipe, Policy(attention=every)) as session:
+        whole = tiny_pipelines.call(tiny, 1)
+        assert session.stats.sparse_calls and all(layer.density >= 1 for layer in session.stats.attention.values())
+    assert not torch.equal(whole, plain), "it went through the kernel"
+    assert relative(whole, plain) < 1e-6
+
+
 # ---------------------------------------------------------------------------------------------- machines without kernel
 
 
