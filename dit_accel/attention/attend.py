@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import block_sparse_attention
+from dit_accel_kernels import BlockMask, block_sparse_attention
 from torch import Tensor
 
 from dit_accel.attention.block_sparse import BlockSparse
 from dit_accel.attention.layout import Layout
+from dit_accel.attention.rest import with_rest
 from dit_accel.attention.score import HIDDEN
 from dit_accel.attention.search import Memory, must_search, search, sorted_bias, sorted_by
 from dit_accel.errors import ArgumentError
@@ -70,11 +71,22 @@ def attend(
     if memory.key_order is not None:
         order = memory.key_order
         k, v, bias = sorted_by(order, k), sorted_by(order, v), sorted_bias(order, bias)
-    output = block_sparse_attention(q, k, v, memory.mask, scale=scale, key_bias=bias, impl=settings.impl)
-    assert isinstance(output, Tensor)
+    output = _attention(settings, q, k, v, memory.mask, scale, bias)
     if not layout.is_identity:
         output = output.index_select(2, layout.inverse)
     return Attended(output, memory, memory.mask.density, searched)
+
+
+def _attention(
+    settings: BlockSparse, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, bias: Tensor | None
+) -> Tensor:
+    """Through the kept blocks, and the rest of them as the settings say."""
+    if settings.rest == "drop" or mask.is_full:
+        output = block_sparse_attention(q, k, v, mask, scale=scale, key_bias=bias, impl=settings.impl)
+        assert isinstance(output, Tensor)
+        return output
+    output, lse = block_sparse_attention(q, k, v, mask, scale=scale, key_bias=bias, return_lse=True, impl=settings.impl)
+    return with_rest(q, k, v, mask, scale, bias, output, lse)
 
 
 def _check(settings: BlockSparse, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> None:

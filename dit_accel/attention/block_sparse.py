@@ -12,6 +12,7 @@ from dit_accel.errors import PolicyError, nearest, shown
 from dit_accel.settings import Settings, setting
 
 ORDERS = ("raster", "tile", "hilbert")
+RESTS = ("drop", "mean")
 SCORES = ("mean", "antidiagonal", "mass", "proxy", "gate", "similar", "window", "frames")
 KEEP = ("text", "self", "neighbors", "sink", "first_frame")
 WINDOWS = ("tile", "radial", "frames")
@@ -109,6 +110,12 @@ class BlockSparse(Settings):
         ("text", "self"),
         "key blocks kept in any case: text, self (the query block's own), neighbors (within one step along every "
         "axis), sink (the first block), first_frame (of a video)",
+    )
+    rest: str = setting(
+        "drop",
+        "what stands for the key blocks that are left out. drop: nothing, as in every published rule; mean: their mean "
+        "key and value, as heavy as their tokens",
+        choices=RESTS,
     )
     text_queries_dense: bool = setting(True, "query blocks with text in them see everything")
     block_size: int = setting(

@@ -226,9 +226,11 @@ class Route:
             self.memories[key] = result.memory
         if not own_kernel:
             return result.output, result.memory, counter.total if counter else 0
+        dense = attention_flops(query, call.key, call.value)
+        rest = dense // settings.block_size if settings.rest == "mean" and result.density < 1 else 0
         if counter:
-            searches[kind] = counter.total
-        kept = round(result.density * attention_flops(query, call.key, call.value))
+            searches[kind] = counter.total - rest
+        kept = round(result.density * dense) + rest
         return result.output, result.memory, kept + (searches[kind] if searching else 0)
 
 

@@ -100,7 +100,11 @@ def rules(grid: TokenGrid, gates: Path | None) -> Iterator[tuple[str, str, Block
         yield "mean, raster", f"{d:g}", BlockSparse(d)
         yield "mean, tiles", f"{d:g}", BlockSparse(d, order="tile", tile=tile)
         yield "mean, Hilbert", f"{d:g}", BlockSparse(d, order="hilbert")
+        yield "mean, raster, rest by means", f"{d:g}", BlockSparse(d, rest="mean")
+        yield "mean, Hilbert, rest by means", f"{d:g}", BlockSparse(d, order="hilbert", rest="mean")
         yield "Jenga", f"{d:g}", jenga.settings(d, block_size=BLOCK)
+        by_means = dataclasses.replace(jenga.settings(d, block_size=BLOCK), rest="mean")
+        yield "Jenga, rest by means", f"{d:g}", by_means
         yield "Jenga, no neighbours", f"{d:g}", dataclasses.replace(jenga.settings(d, block_size=BLOCK), keep=keys[:2])
         no_text = dataclasses.replace(jenga.settings(d, block_size=BLOCK), keep=keys[1:], text_queries_dense=False)
         yield "Jenga, text as any other", f"{d:g}", no_text
