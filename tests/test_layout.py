@@ -24,6 +24,7 @@ FINDING = {"find_grid.py", "route.py"}  # the way into a model
 ARITHMETIC = [
     *sorted((PACKAGE / "cache").rglob("*.py")),
     *sorted((PACKAGE / "forecast").glob("*.py")),
+    *sorted((PACKAGE / "weights").glob("*.py")),
     *(path for path in sorted((PACKAGE / "attention").rglob("*.py")) if path.name not in FINDING),
 ]
 
@@ -91,7 +92,7 @@ def test_the_library_imports_neither_pipelines_nor_demos(path: Path) -> None:
 @pytest.mark.parametrize("path", ARITHMETIC, ids=name_of)
 def test_arithmetic_knows_no_framework_but_torch(path: Path) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "dit_accel_kernels", "safetensors"}
-    names = ("attention", "cache", "forecast", "settings", "errors")
+    names = ("attention", "cache", "forecast", "weights", "settings", "errors")
     ours = tuple(f"dit_accel.{name}" for name in names)
     assert [n for n in imports_of(path) if n.split(".")[0] not in allowed and not n.startswith(ours)] == []
 
