@@ -60,7 +60,7 @@ bench-kernels: $(VENV)/.installed-bench
 	for threads in 1 2; do $(BIN)/python -m dit_accel.bench.sparse_speed --threads $$threads --out docs/results || exit 1; done
 
 gates-%: $(VENV)/.installed
-	$(BIN)/python pipelines/training/gates.py pipelines/$* --out pipelines/$*/gates.safetensors
+	$(BIN)/python pipelines/training/gates.py pipelines/$* --out pipelines/gates/$*.safetensors
 
 PIPELINES ?= tiny-flux tiny-sd3 tiny-dit tiny-wan
 CLASSIFIER = pipelines/$(if $(findstring wan,$(1)),shapes,fashion)-classifier

@@ -182,14 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--gates", type=Path, help="learned gates of SeerAttention (default: PIPELINE/gates.safetensors)"
+        "--gates", type=Path, help="learned gates of SeerAttention (default: ../gates/NAME.safetensors)"
     )
     parser.add_argument("--only", default="", help="measure rules whose name contains this, keep the others' rows")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     workload = load_workload(arguments.pipeline, arguments.steps, arguments.guidance, arguments.items, None)
-    gates = arguments.gates or arguments.pipeline / "gates.safetensors"
+    gates = arguments.gates or arguments.pipeline.parent / "gates" / f"{arguments.pipeline.name}.safetensors"
     grid = grid_of_workload(workload)
     ours = small(BlockSparse(0.5, order="hilbert"))
     points = [

@@ -1,6 +1,6 @@
 """Gates: teach SeerAttention's gates the attention of a trained pipeline, by self-distillation, in minutes.
 
-python pipelines/training/gates.py pipelines/tiny-flux --out pipelines/tiny-flux/gates.safetensors
+python pipelines/training/gates.py pipelines/tiny-flux --out pipelines/gates/tiny-flux.safetensors
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--items", type=int, default=6, help="prompts that are sampled, from the end of prompts.txt")
+    parser.add_argument("--items", type=int, default=4, help="prompts that are sampled, from the end of prompts.txt")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--every", type=int, default=7, help="steps between two samples of a layer")
-    parser.add_argument("--passes", type=int, default=30)
+    parser.add_argument("--passes", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     started = time.perf_counter()
