@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dit_accel.attention import BlockSparse
 from dit_accel.cache import BlockCache, Scope
 from dit_accel.errors import PolicyError, nearest
 from dit_accel.forecast import Forecast
@@ -104,7 +105,13 @@ def named(name: str) -> Policy:
     return PRESETS[method].policy
 
 
+def _sparse() -> Policy:
+    """Ours: the best blocks along a Hilbert curve, and those left out by their means (docs/attention.md)."""
+    return Policy(attention=BlockSparse(0.25, order="hilbert", rest="mean", dense_steps=0.1))
+
+
 RULES: dict[str, Preset] = {
+    "sparse": Preset(_sparse, "ours: a quarter of the attention, and what is left out stands in by its means"),
     "adaspa": Preset(
         _rule("adaspa"), "AdaSpa (2502.21079): blocks by their true share of attention, sought at two steps"
     ),
