@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
@@ -314,13 +314,3 @@ def attach_layer(layer: Layer, owner: Any, current: Callable[[], Route | None], 
 
     # Compiled code cannot hold the mode: the graph breaks here, and what is inside runs as it is.
     undo.callback(wrap_instance(layer.module, owner, {"__call__": torch.compiler.disable(call)}))
-
-
-@contextlib.contextmanager
-def following(here: Any, route: Route | None) -> Iterator[None]:
-    """Make `route` the one in force. here: holds it as its attribute `route`."""
-    earlier, here.route = here.route, route
-    try:
-        yield
-    finally:
-        here.route = earlier

@@ -6,7 +6,6 @@ python -m dit_accel.bench.attention pipelines/tiny-flux --guidance 3 --items 8 -
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import io
 import json
@@ -38,9 +37,9 @@ from dit_accel.attention.methods import (
 )
 from dit_accel.attention.recall import recall
 from dit_accel.attention.route import AttentionEvent
-from dit_accel.attention.search import sorted_by
+from dit_accel.attention.search import sorted_bias, sorted_by
 from dit_accel.bench.measure import Workload, load_workload
-from dit_accel.bench.results import sheet, versions
+from dit_accel.bench.results import read_sheet, sheet, versions
 from dit_accel.bench.tables import read_off
 from dit_accel.files import write_atomically
 from dit_accel.quality import psnr, summarize
@@ -87,7 +86,7 @@ class Watch:
                 bias = bias[..., order]
             if memory.key_order is not None:
                 key = sorted_by(memory.key_order, key)
-                bias = None if bias is None else bias.expand(key.shape[:3]).gather(-1, memory.key_order)
+                bias = sorted_bias(memory.key_order, bias)
             self.recalls += recall(query, key, memory.mask, event.scale, bias).flatten().tolist()
 
 
@@ -223,13 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of an earlier record; none where there is none. path: without ending."""
-    if not path.with_suffix(".csv").is_file():
-        return []
-    with path.with_suffix(".csv").open(newline="") as file:
-        return [
-            Row(**{k: v if k in ("rule", "setting") else float(v) for k, v in row.items()})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
+    file = path.with_suffix(".csv")
+    return read_sheet(file, Row) if file.is_file() else []
 
 
 def write_rows(rows: Sequence[Row], path: Path, about: dict[str, Any]) -> None:

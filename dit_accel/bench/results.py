@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from dit_accel.bench.measure import Result
 from dit_accel.files import write_atomically
+
+T = TypeVar("T")
 
 
 def write_results(results: Sequence[Result], folder: Path, stem: str, about: dict[str, Any]) -> None:
@@ -36,9 +38,14 @@ def sheet(rows: Sequence[Any]) -> str:
 
 def read_results(path: Path) -> list[Result]:
     """Rows of a CSV that `write_results` wrote."""
-    hints = get_type_hints(Result)
+    return read_sheet(path, Result)
+
+
+def read_sheet(path: Path, kind: type[T]) -> list[T]:
+    """Objects of a dataclass of text and numbers that `sheet` wrote."""
+    hints = get_type_hints(kind)
     with path.open(newline="") as file:
-        return [Result(**{name: hints[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+        return [kind(**{name: hints[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def plot(results: Sequence[Result]) -> bytes:

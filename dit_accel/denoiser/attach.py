@@ -12,7 +12,7 @@ from torch import nn
 from dit_accel.attention.route import attach_layer
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.layers import layers_of
-from dit_accel.denoiser.serve import ServedDenoiser
+from dit_accel.denoiser.serve import ServedDenoiser, holding
 from dit_accel.denoiser.subclass import wrap_instance
 from dit_accel.diffusers_bridge import is_compiled
 from dit_accel.errors import UnsupportedModelError
@@ -98,13 +98,8 @@ class AttachedDenoiser(ServedDenoiser):
         @wraps(plain)
         def cache_context(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
             """Remember the branch that the pipeline names, and hand on to diffusers."""
-            here = attached.here
-            earlier, here.context = here.context, name
-            try:
-                with plain(module, name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                here.context = earlier
+            with holding(attached.here, "context", name), plain(module, name, *args, **kwargs) as value:
+                yield value
 
         return cache_context
 

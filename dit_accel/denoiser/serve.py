@@ -15,7 +15,7 @@ from torch import nn
 from dit_accel.attention.block_sparse import BlockSparse
 from dit_accel.attention.find_grid import grid_for
 from dit_accel.attention.grid import TokenGrid
-from dit_accel.attention.route import Route, attention_layers, following
+from dit_accel.attention.route import Route, attention_layers
 from dit_accel.cache.scope import ranges
 from dit_accel.denoiser.arguments import grid_of, latents_in, named_arguments
 from dit_accel.denoiser.clock import StepInfo, TimeArgument
@@ -47,6 +47,17 @@ class _Here(threading.local):
     context: str | None = None
 
 
+@contextlib.contextmanager
+def holding(here: _Here, name: str, value: Any) -> Iterator[None]:
+    """Make a forward, route or context the one that the calls of this thread go by."""
+    earlier = getattr(here, name)
+    setattr(here, name, value)
+    try:
+        yield
+    finally:
+        setattr(here, name, earlier)
+
+
 class ServedDenoiser(Recorder):
     """A denoiser whose calls pass through `call`."""
 
@@ -72,7 +83,7 @@ class ServedDenoiser(Recorder):
         if run is None:
             return model(*args, **kwargs)
         if self.here.forward is not None:  # the model calls itself: its inner blocks are no part of the contract
-            with self._current(None), following(self.here, None):
+            with holding(self.here, "forward", None), holding(self.here, "route", None):
                 return model(*args, **kwargs)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             session.stats.warn("Gradients are enabled, so everything was computed; call under torch.no_grad().")
@@ -88,8 +99,8 @@ class ServedDenoiser(Recorder):
             return self._call_samples(model, args, kwargs, run, info, latent.shape[0], started)
         key = shape_key((args, kwargs))
         forward = self._forward(run, info, key, args, kwargs)
-        route = self._route(run, info, (), args, kwargs)
-        with following(self.here, route):
+        route = self._route(run, info, (), key, args, kwargs)
+        with holding(self.here, "route", route):
             result = self._attempt(forward, lambda: model(*args, **kwargs), run, key)
         self._record(run, [forward], key, time.perf_counter() - started, [route])
         for lane in run.lanes:
@@ -143,8 +154,8 @@ class ServedDenoiser(Recorder):
             if wanted:
                 chosen = sorted(row for sample in wanted for row in places[sample])
                 part = select(args, chosen, rows), select(kwargs, chosen, rows)
-                routes = [self._route(run, info, tuple(chosen), *part)]
-                with self._current(None), following(self.here, routes[0]):
+                routes = [self._route(run, info, tuple(chosen), whole_key, *part)]
+                with holding(self.here, "forward", None), holding(self.here, "route", routes[0]):
                     made = model(*part[0], **part[1])
                 for sample in wanted:
                     own = [chosen.index(row) for row in places[sample]]
@@ -153,10 +164,10 @@ class ServedDenoiser(Recorder):
             for forward in forwards:
                 forward.finish()
         else:
-            routes = [self._route(run, info, tuple(own), *part) for own, part in zip(places, parts)]
+            routes = [self._route(run, info, tuple(own), whole_key, *part) for own, part in zip(places, parts)]
             results = []
             for forward, part, route in zip(forwards, parts, routes):
-                with following(self.here, route):
+                with holding(self.here, "route", route):
                     results.append(self._attempt(forward, lambda part=part: model(*part[0], **part[1]), run, key))
         self._record(run, forwards, key, time.perf_counter() - started, routes)
         for lane, forward in zip(run.lanes, forwards):
@@ -225,13 +236,14 @@ class ServedDenoiser(Recorder):
             forward.lead, forward.cache = output[1], cache.of_later_branches
         return forward
 
-    def _route(self, run: RunState, info: StepInfo, rows: tuple[int, ...], args: Any, kwargs: Any) -> Route | None:
+    def _route(
+        self, run: RunState, info: StepInfo, rows: tuple[int, ...], key: Any, args: Any, kwargs: Any
+    ) -> Route | None:
         """The way of the attention of one call; `None` where the policy leaves it alone. rows: of the batch that the
-        call is of, () for all."""
+        call is of, () for all; key: of the whole batch's shapes, since every row has the same grid."""
         settings, module = self.session.policy.attention or DENSE, self.module
         if not self.attention:
             return None
-        key = shape_key((args, kwargs))
 
         def grid(tokens: int) -> TokenGrid | None:
             if (self.name, key, tokens) not in run.grids:
@@ -255,7 +267,7 @@ class ServedDenoiser(Recorder):
         )
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
-        with self._current(forward):
+        with holding(self.here, "forward", forward):
             if not self.session.policy.is_exact and not self.session.policy.skips:
                 with self.meter.measuring(key):
                     result = original()
@@ -271,15 +283,6 @@ class ServedDenoiser(Recorder):
                 self._learn(forward.observer, run, key)
             forward.finish()
             return result
-
-    @contextlib.contextmanager
-    def _current(self, forward: Forward | None) -> Iterator[None]:
-        """Route the block calls of this thread through `forward`."""
-        earlier, self.here.forward = self.here.forward, forward
-        try:
-            yield
-        finally:
-            self.here.forward = earlier
 
     def _learn(self, observer: Observer, run: RunState, key: Any) -> None:
         contract = observer.contract()
