@@ -39,8 +39,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Two workers of one thread each, whole files at a time, so that what a file's tests share is made once.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.installed-bench
 	$(MAKE) bench-tiny-flux ITEMS=32

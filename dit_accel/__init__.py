@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from dit_accel.forecast import Forecast as Forecast
     from dit_accel.policy import Policy as Policy
     from dit_accel.policy import policies as policies
+    from dit_accel.quantization.config import VQConfig as VQConfig
+    from dit_accel.quantization.load import load_model as load_model
     from dit_accel.resolution import Progressive as Progressive
     from dit_accel.session import Session as Session
     from dit_accel.stats import Stats as Stats
     from dit_accel.stats import StepRecord as StepRecord
+    from dit_accel.weights.vector_quant import VectorQuant as VectorQuant
 
 __version__ = "0.1.0"
 
@@ -49,15 +52,21 @@ _HOMES = {
     "Forecast": "forecast",
     "Policy": "policy",
     "policies": "policy",
+    "VQConfig": "quantization.config",
+    "load_model": "quantization.load",
     "Progressive": "resolution",
     "Session": "session",
     "Stats": "stats",
     "StepRecord": "stats",
+    "VectorQuant": "weights.vector_quant",
 }
+_REGISTERING = {"apply", "load_model", "VQConfig"}  # from then on diffusers reads quantised checkpoints
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _REGISTERING:
+        importlib.import_module("dit_accel.quantization.quantizer").register()
     if name in _HOMES:
         return getattr(importlib.import_module(f"dit_accel.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")

@@ -107,11 +107,86 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     as_policy(arguments.policy)
-    pipe = load_pipeline(arguments.pipeline, "float32")
+    from dit_accel.known_models import is_known, skeleton
+
+    name = os.fspath(arguments.pipeline)
+    target = skeleton(name) if is_known(name) else load_pipeline(name, "float32")
     from dit_accel.explain import explain
 
-    print(explain(pipe, arguments.policy, arguments.steps))
+    print(explain(target, arguments.policy, arguments.steps))
     return OK
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from dit_accel.quantization.command import check_out, quantize_and_compare, save_pipeline
+
+    call, settings = _call_arguments(arguments), _vector_quant(arguments)
+    prompts = _prompts(arguments)
+    check_out(arguments.out)
+    pipe = load_pipeline(arguments.pipeline, arguments.dtype)
+    defaults = call_defaults(arguments.pipeline)
+    if prompts != [None]:
+        defaults.pop("class_labels", None)  # the prompts say which
+    with _Bars() as bars:
+        outcome = quantize_and_compare(
+            pipe,
+            settings,
+            prompts=prompts,
+            items=arguments.items,
+            steps=arguments.steps,
+            arguments=defaults | call,
+            folder=arguments.work,
+            progress=bars,
+        )
+    source = Path(arguments.pipeline) / DEFAULTS_FILE
+    save_pipeline(pipe, arguments.out, outcome, {DEFAULTS_FILE: source.read_bytes()} if source.is_file() else {})
+    print(json.dumps(outcome.to_dict(), indent=1) if arguments.json else outcome.text())
+    print(f"Wrote {arguments.out}; load it after `from dit_accel import load_model`.", file=sys.stderr)
+    return OK
+
+
+def _vector_quant(arguments: argparse.Namespace) -> Any:
+    """The settings of the weights: of a policy, with what else was given."""
+    from dit_accel.settings import from_mapping
+    from dit_accel.weights.vector_quant import VectorQuant
+
+    policy = as_policy(arguments.policy) if arguments.policy is not None else Policy(weights=VectorQuant())
+    if policy.weights is None:
+        raise UsageError(f"--policy {arguments.policy} does not say how weights are stored; give one such as 'vq'.")
+    data = policy.weights.to_dict()
+    for word in arguments.set:
+        key, equals, text = word.partition("=")
+        owner = data["calibrate"] if key in data["calibrate"] else data
+        try:
+            owner[key] = json.loads(text) if equals else None
+        except ValueError:
+            owner[key] = text
+    given = {"bits": arguments.bits, "method": arguments.method}
+    data |= {key: value for key, value in given.items() if value is not None}
+    if data["method"] != "data-free" and not data["calibrate"]["prompts"]:
+        data["calibrate"]["prompts"] = [prompt for prompt in _prompts(arguments) if prompt is not None]
+    return from_mapping(VectorQuant, data)
+
+
+class _Bars:
+    """Progress of the stages of a long job: one bar after another."""
+
+    def __enter__(self) -> _Bars:
+        self._name, self._bar = "", None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if what != self._name:
+            self.__exit__()
+            self._name, self._bar = what, tqdm(total=total, desc=what)
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
 
 
 def _tune(arguments: argparse.Namespace) -> int:
@@ -291,8 +366,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     explained = _command(commands, "explain", "say what a policy would do to a pipeline, without generating", _explain)
     _pipeline_and_policy(explained)
+    explained.description = (
+        "Say what a policy would do to a pipeline, without generating. PIPELINE may also be a model's config.json, or "
+        "a public model, counted without its weights: flux.1-dev, sd3.5-large, wan2.1-t2v-14b, qwen-image, ..."
+    )
     explained.add_argument("--steps", type=_positive, help="number of denoising steps to plan for (default: any)")
     _tune_parser(_command(commands, "tune", "fit a policy to a pipeline, and save it", _tune))
+    _quantize_parser(_command(commands, "quantize", "store the weights of a pipeline as codes, and save it", _quantize))
     bench = _command(commands, "bench", "run a benchmark; `dit-accel bench quality --help` says more", _bench)
     bench.add_argument("bench", choices=BENCHES, help="which")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments, a pipeline folder first")
@@ -340,6 +420,34 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
         help="write comparison.json, table.txt, grid.png, strip.png; of videos also sheet.png and MP4s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _quantize_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or a hub id")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the quantised pipeline")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), help="bits a weight (default: the policy's, 2)")
+    parser.add_argument(
+        "--method",
+        choices=("data-free", "feedback", "vq4dit", "pv-tuning"),
+        help="how codes are found; all but data-free run the pipeline first (default: the policy's, data-free)",
+    )
+    parser.add_argument(
+        "--policy", metavar="NAME|FILE", help="a policy that says more about the weights, such as vq4dit"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of dit_accel.VectorQuant or its calibration, such as low_rank=16, tuning=1000 or runs=16",
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where an interrupted calibration goes on from")
+    _prompt_options(parser)
+    parser.add_argument("--items", type=_positive, default=4, help="compared with the dense pipeline (default: 4)")
+    parser.add_argument("--steps", type=_positive, default=20, help="of the compared items (default: %(default)s)")
+    _call_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all that stays dense (default: float32)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def _tune_parser(parser: argparse.ArgumentParser) -> None:

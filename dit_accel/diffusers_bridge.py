@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,3 +104,83 @@ def tensor_version(tensor: Tensor) -> int | str:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return ""
     return str(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).item())
+
+
+def forget_config(model: nn.Module, *keys: str) -> None:
+    """Take keys out of a diffusers model's config; it has a public way to add them, and none back."""
+    from diffusers.configuration_utils import FrozenDict
+
+    if hasattr(model, "_internal_dict"):
+        left = {key: value for key, value in model._internal_dict.items() if key not in keys}  # pyright: ignore
+        model._internal_dict = FrozenDict(left)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def model_being_loaded() -> dict[str, Any] | None:
+    """folder, variant and safetensors (False where a pickle was asked for) of the local model that a `from_pretrained`
+    further up the stack is about to read; None where there is none.
+
+    diffusers tells a quantizer what the config says, and where the weights lie only after it has opened them, which for
+    a pickle is too late. So this looks at its local variables; where they are called otherwise, checks come later.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        given = frame.f_locals if frame.f_code.co_name == "from_pretrained" else {}
+        if "hf_quantizer" in given and "pretrained_model_name_or_path" in given:
+            folder = Path(given["pretrained_model_name_or_path"], given.get("subfolder") or "")
+            safe = given.get("use_safetensors") is not False and not given.get("use_flashpack")
+            found = {"folder": folder, "variant": given.get("variant"), "safetensors": safe}
+            return found if folder.is_dir() else None
+        frame = frame.f_back
+    return None
+
+
+def class_named(name: str) -> type[Any] | None:
+    """The model class of diffusers of this name, or None."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    return found if isinstance(found, type) and issubclass(found, diffusers.ModelMixin) else None
+
+
+class _StateDict(OrderedDict[str, Tensor]):
+    """A state dict that also answers for weights it does not hold, with empty tensors of their shapes: the LoRA loader
+    of Flux pipelines looks up `<layer>.weight` in it. Walking over it, saving and copying know nothing of them."""
+
+    weights: Mapping[str, Tensor]
+
+    def __missing__(self, key: str) -> Tensor:
+        return self.weights[key]
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+def _answer_for_weights(model: nn.Module, state: OrderedDict[str, Tensor], prefix: str, metadata: Any) -> Any:
+    """A hook of `state_dict()` on the whole model."""
+    del metadata
+    if prefix:
+        return None
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "weight" not in m._parameters
+    }
+    made = _StateDict(state)
+    made._metadata = getattr(state, "_metadata", None)  # pyright: ignore[reportAttributeAccessIssue]
+    made.weights = {
+        f"{name.removesuffix('.base_layer')}.weight": torch.empty(layer.out_features, layer.in_features, device="meta")
+        for name, layer in layers.items()
+    }
+    return made
+
+
+def answer_for_weights(model: nn.Module, answer: bool = True) -> None:
+    """Let `model.state_dict()["<layer>.weight"]` tell the shape of layers that hold no weight; False takes it back."""
+    hooks = model._state_dict_hooks
+    for key in [key for key, hook in hooks.items() if hook is _answer_for_weights]:
+        del hooks[key]
+    if answer:
+        model._register_state_dict_hook(_answer_for_weights)
+
+
+def class_name_of(config: Mapping[str, Any]) -> Any:
+    """What a config of diffusers says its class is called."""
+    return config.get("_class_name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,10 @@ from dit_accel.diffusers_bridge import foreign_attention, foreign_cache, hides_f
 from dit_accel.errors import PolicyError, UnsupportedModelError
 from dit_accel.forecast import Forecast
 from dit_accel.policy import Policy, as_policy
+from dit_accel.quantization.plan import is_modulation, shared_sizes
+from dit_accel.quantization.quantize import check as check_weights
 from dit_accel.stage_plan import why_not
+from dit_accel.weights.vector_quant import VectorQuant
 
 _REFERENCES = {
     "anchor": "its value at the last computed step",
@@ -59,6 +63,10 @@ def explain(
     for key, module in denoisers.items():
         lines += _denoiser_lines(key, module)
     lines += _policy_lines(checked)
+    if checked.weights is not None and denoisers:
+        found, reasons = _weight_lines(target, denoisers, checked.weights)
+        lines += found
+        problems += reasons
     if checked.cache is not None and checked.skips:
         turns = turns_of(target, denoisers, steps)
         lines += _turn_lines(target, denoisers, turns)
@@ -84,6 +92,8 @@ def _denoiser_lines(name: str, module: nn.Module) -> list[str]:
 def _policy_lines(policy: Policy) -> list[str]:
     """The policy in words."""
     cache, forecast = policy.cache, policy.predictor
+    if not policy.acts_in_steps and policy.weights is not None:
+        return ["Every block runs at every step, with quantised weights."]
     if policy.is_exact:
         return ["The policy is exact: every block runs at every step, and the result is that of the plain pipeline."]
     sparse = [] if policy.attention is None or not policy.is_sparse else _attention_lines(policy.attention)
@@ -124,6 +134,37 @@ def _attention_lines(attention: BlockSparse) -> list[str]:
         f"order {attention.order!r}, chosen {when}){kept}.",
         f"  Attention stays dense: {', '.join([*dense, 'cross-attention and what no token grid is known for'])}.",
     ]
+
+
+def _weight_lines(
+    target: Any, denoisers: Mapping[str, nn.Module], settings: VectorQuant
+) -> tuple[list[str], list[str]]:
+    """What quantised weights save, counted in bfloat16 from shapes alone, and why they cannot be had."""
+    try:
+        planned = check_weights(target, settings)
+    except UnsupportedModelError as error:
+        return [], [str(error)]
+    lines = []
+    for name, formats in planned.items():
+        module = denoisers[name]
+        whole = 2 * sum(value.numel() for value in module.state_dict().values())
+        kinds = Counter((is_modulation(layer), made.codebook) for layer, made in formats.items())
+        parts = [f"{n} x {size}{' (modulation)' if mod else ''}" for (mod, size), n in sorted(kinds.items())]
+        weights = sum(made.shape[0] * made.shape[1] for made in formats.values())
+        shared = sum(2 * math.prod(shape) for shape in shared_sizes(formats).values())
+        coded = shared + sum(made.nbytes() for made in formats.values())
+        after = whole - 2 * weights + coded
+        lines += [
+            f"Weights of {name}: {len(formats)} layers, {', '.join(parts)}, found by {settings.method!r}.",
+            f"  {weights / 1e6:.1f} million of {whole / 2e6:.1f} million numbers, at {8 * coded / weights:.2f} bits "
+            f"each; in bfloat16 {_size(whole)} become {_size(after)}, {whole / after:.1f} times smaller.",
+        ]
+    return lines, []
+
+
+def _size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _probe(cache: BlockCache) -> str:

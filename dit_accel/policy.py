@@ -18,9 +18,10 @@ from dit_accel.files import write_atomically
 from dit_accel.forecast import Forecast
 from dit_accel.resolution import Progressive
 from dit_accel.settings import Settings, from_mapping, schema_of, setting
+from dit_accel.weights.vector_quant import VectorQuant
 
 VERSION = 1
-FIELDS = ("cache", "forecast", "attention", "resolution")
+FIELDS = ("cache", "forecast", "weights", "attention", "resolution")
 _FORMATS = (".json", ".yaml", ".yml")
 
 
@@ -28,13 +29,14 @@ _FORMATS = (".json", ".yaml", ".yml")
 class Policy(Settings):
     """The mechanisms, one field each; `Policy()` does nothing and is bit-exact.
 
-    cache: when are blocks skipped; forecast: what stands in for them (`None` reuses the last residual); attention:
-    which key blocks does a query block see (`None` is dense); resolution: at which size are early steps made (`None` is
-    full size).
+    cache: when are blocks skipped; forecast: what stands in for them (`None` reuses the last residual); weights: how
+    are linear layers stored (`None` leaves them as they are); attention: which key blocks does a query block see
+    (`None` is dense); resolution: at which size are early steps made (`None` is full size).
     """
 
     cache: BlockCache | None = setting(None, "when are blocks skipped")
     forecast: Forecast | None = setting(None, "what stands in for a skipped block; null reuses the last residual")
+    weights: VectorQuant | None = setting(None, "how are linear layers stored; null leaves them as they are")
     attention: BlockSparse | None = setting(None, "which key blocks does a query block see; null is dense")
     resolution: Progressive | None = setting(None, "at which size are early steps made; null is full size")
 
@@ -80,9 +82,14 @@ class Policy(Settings):
         return self.resolution is not None and not self.resolution.is_exact
 
     @property
+    def acts_in_steps(self) -> bool:
+        """True where denoising steps are not made as the plain pipeline makes them."""
+        return self.skips or self.is_sparse or self.is_staged
+
+    @property
     def is_exact(self) -> bool:
         """True where this policy cannot change any result."""
-        return not self.skips and not self.is_sparse and not self.is_staged
+        return not self.acts_in_steps and self.weights is None
 
     @staticmethod
     def named(name: str, **overrides: Any) -> Policy:

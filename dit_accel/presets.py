@@ -13,6 +13,7 @@ from dit_accel.cache import BlockCache, Scope
 from dit_accel.errors import PolicyError, nearest
 from dit_accel.forecast import Forecast
 from dit_accel.policy import Policy
+from dit_accel.weights.vector_quant import Calibrate, VectorQuant
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ def named(name: str) -> Policy:
 def _sparse() -> Policy:
     """Ours: the best blocks along a Hilbert curve, and those left out by their means (docs/attention.md)."""
     return Policy(attention=BlockSparse(0.25, order="hilbert", rest="mean", dense_steps=0.1))
+
+
+def _vq4dit() -> Policy:
+    """As published: per-layer codebooks, no rotation and no scales but ours of a row, modulation at 2 bits as well."""
+    calibrate = Calibrate(runs=8, calls=64, block_steps=300)
+    return Policy(
+        weights=VectorQuant(modulation_bits=2, codebook="layer", rotate=False, method="vq4dit", calibrate=calibrate)
+    )
 
 
 RULES: dict[str, Preset] = {
@@ -249,5 +258,10 @@ PRESETS: dict[str, Preset] = {
         _method("teacache", lambda m: (m.cache(), None)),
         "TeaCache (2411.19108): the change of the modulated input, rescaled for FLUX and summed",
     ),
+    "vq": Preset(
+        lambda: Policy(weights=VectorQuant()),
+        "ours: weights of the blocks at 2 bits, without data (4 bits where the time embedding is read)",
+    ),
+    "vq4dit": Preset(_vq4dit, "VQ4DiT (2408.17131): 2-bit weights, codebooks a layer, candidate codes and ratios"),
     **RULES,
 }

@@ -30,6 +30,7 @@ def report_text(session: Session) -> str:
         lines += _attention_lines(session)
         if totals.blocks_run == totals.blocks_total and not session.stats.sparse_calls:
             lines.append(f"Nothing was skipped: {_why_nothing(session)}.")
+    lines += _weight_lines(session)
     if stats.nonfinite:
         lines.append(f"{stats.nonfinite} steps were recomputed because a cached feature was not finite.")
     lines += [f"Warning: {sentence}" for sentence in stats.warnings]
@@ -51,6 +52,21 @@ def _attention_lines(session: Session) -> list[str]:
     return lines + [f"  {count:6d} x dense: {reason}" for reason, count in reasons.most_common()]
 
 
+def _weight_lines(session: Session) -> list[str]:
+    """How the weights are stored, what that saves, and where the dense ones are."""
+    settings, lines = session.policy.weights, []
+    for name, made in session.quantized.items():
+        before, after = made.dense_bytes + made.rest_bytes, made.coded_bytes + made.rest_bytes
+        lines.append(
+            f"Weights of {name}: {_count(len(made.formats), 'layer')} at {made.bits_per_weight:.2f} bits a weight, "
+            f"{before / 2**20:.2f} -> {after / 2**20:.2f} MiB ({made.ratio:.1f} times smaller)"
+        )
+    if lines and settings is not None:
+        where = "the memory of the CPU" if settings.keep == "memory" else "files"
+        lines.append(f"The dense weights wait for remove() in {where}.")
+    return lines
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
@@ -59,6 +75,8 @@ def _why_nothing(session: Session) -> str:
     if session.policy.is_sparse and not session.policy.skips:
         reasons = ", ".join(sorted({reason for layer in session.stats.attention.values() for reason in layer.dense}))
         return f"all attention stayed dense ({reasons or 'none was seen'})"
+    if not session.policy.acts_in_steps and session.quantized:
+        return "the policy changes how weights are stored, and computes everything"
     if session.policy.is_exact:
         return "the policy is exact and computes everything"
     for attached in session.denoisers.values():

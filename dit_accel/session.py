@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
@@ -21,6 +21,8 @@ from dit_accel.diffusers_bridge import components_of, foreign_attention, foreign
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
 from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, adds_noise, attributes_of, bind, restore
 from dit_accel.policy import Policy
+from dit_accel.quantization.quantize import Quantized, quantize
+from dit_accel.quantization.quantize import check as check_weights
 from dit_accel.report import report_text
 from dit_accel.stage_plan import why_not
 from dit_accel.stages import run_stages
@@ -34,10 +36,12 @@ class Session:
     policy: what is in force; stats: what it did; target: the pipeline or transformer.
     """
 
-    def __init__(self, target: Any, policy: Policy, strict: bool):
+    def __init__(self, target: Any, policy: Policy, strict: bool, arguments: Mapping[str, Any] | None = None):
         self.target, self.policy, self.strict = target, policy, strict
+        self.arguments = arguments  # of the calls in which weights are calibrated
         self.stats = Stats()
         self.denoisers: dict[str, AttachedDenoiser] = {}
+        self.quantized: dict[str, Quantized] = {}
         self.lock = threading.RLock()
         self._undo = contextlib.ExitStack()
         self._callbacks: list[Callable[[StepRecord], None]] = []
@@ -56,6 +60,8 @@ class Session:
         """Wrap the target, or leave it untouched: a failure half-way takes back what was done."""
         modules = self.check()
         with contextlib.ExitStack() as undo:
+            if self.policy.weights is not None and self._can_quantize(replaced=False):
+                self.quantized = quantize(self.target, self.policy.weights, undo, arguments=self.arguments)
             if is_pipeline(self.target):
                 undo.callback(wrap_instance(self.target, self, {"__call__": self._pipeline_call()}))
                 undo.callback(self._release_scheduler)
@@ -72,6 +78,8 @@ class Session:
         """
         modules = find_denoisers(self.target)
         self._check_time(modules)
+        if self.policy.weights is not None:
+            self._can_quantize(replaced=replaces is not None and replaces.policy.weights is not None)
         reason = why_not(self.target, self.policy.resolution) if self.policy.is_staged else None
         if reason is not None and self.strict:
             raise UnsupportedModelError(reason)
@@ -90,10 +98,27 @@ class Session:
                 )
         return modules
 
+    def _can_quantize(self, *, replaced: bool) -> bool:
+        """True where the weights can be quantised; under strict the reason why not is raised.
+
+        replaced: the weights are quantised by a session that is about to be removed, which does not count.
+        """
+        assert self.policy.weights is not None
+        if replaced:
+            return True
+        try:
+            check_weights(self.target, self.policy.weights)
+        except UnsupportedModelError as error:
+            if self.strict:
+                raise
+            self.stats.warn(f"{error} So the weights stay as they are.")
+            return False
+        return True
+
     def _check_time(self, modules: dict[str, nn.Module]) -> None:
         """A bare module without a time step has no steps to skip work between."""
         timeless = [type(module).__name__ for module in modules.values() if not takes_timestep(module)]
-        if timeless and not self.policy.is_exact:
+        if timeless and self.policy.acts_in_steps:
             sentence = f"{timeless[0]} takes no time step, so it has no denoising steps to skip work between"
             if self.strict:
                 raise UnsupportedModelError(f"{sentence}; give a denoiser, or use the policy 'exact'.")

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import dit_accel_kernels  # registers the formulas of its operators
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
 
 
 # torch 2.13 has formulas for CUDA's attention kernels, but none for the one that runs on a CPU.
+assert dit_accel_kernels
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,

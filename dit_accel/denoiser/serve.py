@@ -268,7 +268,7 @@ class ServedDenoiser(Recorder):
 
     def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
         with holding(self.here, "forward", forward):
-            if not self.session.policy.is_exact and not self.session.policy.skips:
+            if self.session.policy.acts_in_steps and not self.session.policy.skips:
                 with self.meter.measuring(key):
                     result = original()
                 self.meter.keep(key, [], [], [])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ArgumentError
-from dit_accel.weights.codebook import assign, kmeans
+from dit_accel.weights.codebook import assign, kmeans, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +101,31 @@ def data_free(weight: Tensor, codebook: Tensor, *, importance: Tensor | None = N
 
 
 def layer_codebook(
-    weight: Tensor, entries: int, width: int, *, importance: Tensor | None = None, iterations: int = 20, seed: int = 0
+    weight: Tensor,
+    entries: int,
+    width: int,
+    *,
+    stages: int = 1,
+    importance: Tensor | None = None,
+    iterations: int = 20,
+    seed: int = 0,
 ) -> Tensor:
-    """A k-means codebook of this layer's own rows at unit mean square -> [1, K, d], at bfloat16 values.
+    """A k-means codebook of this layer's own rows at unit mean square -> [S, K, d], at bfloat16 values.
 
-    weight: [O, I]. importance: [I], diag(H): what a squared error costs at each input, times the row's mean square.
+    Each stage fits what those before it leave. weight: [O, I]. importance: [I], diag(H): what a squared error costs at
+    each input, times the row's mean square.
     """
     if weight.ndim != 2 or weight.shape[1] % width:
         raise ArgumentError(f"A weight of shape {list(weight.shape)} has no whole vectors of {width} inputs.")
     scale = root_mean_square(weight)
-    vectors = (weight.float() / divisor(scale)).reshape(-1, width)
+    left = (weight.float() / divisor(scale)).reshape(-1, width)
     costs = None
     if importance is not None:
         relative = scale.square() / scale.square().mean().clamp(min=1e-30)
         costs = (relative.unsqueeze(1) * (importance / importance.mean()).float()).reshape(-1, width)
-    found = kmeans(vectors, entries, weights=costs, iterations=iterations, seed=seed)
-    return storable(found).unsqueeze(0)
+    found: list[Tensor] = []
+    for _ in range(stages):
+        if found:
+            left = left - found[-1][nearest(left, found[-1], costs)]
+        found.append(storable(kmeans(left, entries, weights=costs, iterations=iterations, seed=seed)))
+    return torch.stack(found)

@@ -168,18 +168,20 @@ def newton_codebook(weight: Tensor, metric: Tensor, made: Encoded, *, steps: int
     return replace(made, codebook=storable(codebook))
 
 
-def low_rank(left: Tensor, metric: Tensor, rank: int, *, seed: int = 0, passes: int = 6) -> tuple[Tensor, Tensor]:
+def low_rank(
+    left: Tensor, metric: Tensor | None, rank: int, *, seed: int = 0, passes: int = 6
+) -> tuple[Tensor, Tensor]:
     """A [r, I] and B [O, r] that lower tr((R - B A) H (R - B A)^T) most, at bfloat16 values.
 
     With H = L L^T they are the r largest singular parts of R L, brought back by L^-1; found by subspace iteration.
-    left: R, [O, I]. metric: [I, I].
+    left: R, [O, I]. metric: [I, I], or None for H = 1, without data.
     """
     if not 1 <= rank <= min(left.shape):
         raise ArgumentError(
             f"A low-rank part of rank {rank} does not fit {list(left.shape)}; give 1 to {min(left.shape)}."
         )
-    lower = root(metric)
-    whole = left @ lower
+    lower = None if metric is None else root(metric)
+    whole = left if lower is None else left @ lower
     wide = min(rank + 16, min(left.shape))
     basis = torch.randn(whole.shape[1], wide, generator=torch.Generator().manual_seed(seed)).to(whole.device)
     for _ in range(passes):
@@ -188,7 +190,7 @@ def low_rank(left: Tensor, metric: Tensor, rank: int, *, seed: int = 0, passes: 
     outer, sizes, inner = torch.linalg.svd(whole @ basis, full_matrices=False)
     halves = sizes[:rank].sqrt()
     right = inner[:rank] @ basis.T * halves.unsqueeze(1)
-    first = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
+    first = right if lower is None else torch.linalg.solve_triangular(lower, right, upper=False, left=False)
     return storable(first), storable(outer[:, :rank] * halves)
 
 

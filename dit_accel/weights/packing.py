@@ -69,10 +69,11 @@ def check_packed(packed: Tensor, bits: int, count: int, entries: int) -> None:
 
     packed: uint8 [O, ceil(count * bits / 8)].
     """
+    unpack(packed[:1], bits, count)  # checks dtype and shape
     if not packed.numel():
-        unpack(packed, bits, count)
         return
-    largest = max(int(unpack(rows, bits, count).max()) for rows in packed.split(1024))
+    can_exceed = entries < 2**bits
+    largest = max(int(unpack(rows, bits, count).max()) for rows in packed.split(1024)) if can_exceed else 0
     if largest >= entries:
         raise CheckpointError(f"A code is {largest}, and the codebook has {entries} entries; the file is damaged.")
     used = count * bits % 8

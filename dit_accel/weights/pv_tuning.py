@@ -31,27 +31,30 @@ def tune(
     rate: float = 1e-3,
     share: float = 0.02,
     step: float = 1.0,
+    keep_codebook: bool = False,
 ) -> Encoded:
     """Rounds of a P step and a V step; the low-rank part stays as it is. -> codes [O, S, n], scales and codebook anew.
 
     loss: of a weight [O, I] -> scalar, differentiable. share: of the vectors that a V step may move. step: as of
-    `discrete_step`.
+    `discrete_step`. keep_codebook: it is shared, so that the scales alone learn.
     """
     for _ in range(rounds):
-        made = continuous_step(made, loss, continuous_steps, rate=rate)
+        made = continuous_step(made, loss, continuous_steps, rate=rate, keep_codebook=keep_codebook)
         made = discrete_step(made, loss, share=share, step=step)
     return made
 
 
-def continuous_step(made: Encoded, loss: Loss, steps: int, *, rate: float = 1e-3) -> Encoded:
+def continuous_step(
+    made: Encoded, loss: Loss, steps: int, *, rate: float = 1e-3, keep_codebook: bool = False
+) -> Encoded:
     """P: Adam on codebook and row scales with codes fixed; the best of all steps, at bfloat16 values.
 
     loss: of a weight [O, I] -> scalar. rate: relative to the root mean square of codebook and scales.
     """
     sizes = [x.square().mean().sqrt().clamp(min=1e-12) for x in (made.codebook, made.row_scale)]
     book, scale = made.codebook / sizes[0], made.row_scale / sizes[1]
-    book, scale = book.detach().requires_grad_(), scale.detach().requires_grad_()
-    optimizer = torch.optim.Adam([book, scale], lr=rate)
+    book, scale = book.detach().requires_grad_(not keep_codebook), scale.detach().requires_grad_()
+    optimizer = torch.optim.Adam([scale] if keep_codebook else [book, scale], lr=rate)
     best, lowest = made, float(loss(made.dense()).detach())
     for _ in range(steps):
         optimizer.zero_grad()

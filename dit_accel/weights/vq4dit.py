@@ -9,7 +9,7 @@ used. Ours: a row scale, 1 in the paper, and a last hardening where the steps ru
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -119,33 +119,68 @@ def train(
     enough: float = 0.99,
     as_coded: bool = True,
 ) -> Candidates:
-    """RMSprop (0.9) on ratios and codebook until the steps are done; the result is hard, the state given is kept.
+    """`train_together` of one layer. loss: of its weight [O, I] -> scalar, differentiable."""
+    (made,) = train_together(
+        [state],
+        lambda weights: loss(weights[0]),
+        steps,
+        ratio_rate=ratio_rate,
+        codebook_rate=codebook_rate,
+        ratio_weight=ratio_weight,
+        threshold=threshold,
+        enough=enough,
+        as_coded=as_coded,
+    )
+    return made
 
-    loss: of a weight [O, I] -> scalar, differentiable: L_d. L_r is added on steps where it has not fallen since the
-    step before. Once more than `enough` of the vectors are frozen, only the codebook learns.
+
+def train_together(
+    states: Sequence[Candidates],
+    loss: Callable[[list[Tensor]], Tensor],
+    steps: int,
+    *,
+    ratio_rate: float = 5e-2,
+    codebook_rate: float = 1e-4,
+    ratio_weight: float = 1.0,
+    threshold: float = 0.99,
+    enough: float = 0.99,
+    as_coded: bool = True,
+) -> list[Candidates]:
+    """RMSprop (0.9) on ratios and codebooks of the layers of a block until the steps are done; the results are hard,
+    the states given are kept.
+
+    loss: of the weights [O, I], one a layer -> scalar, differentiable: L_d. L_r is added on steps where it has not
+    fallen since the step before. Once more than `enough` of a layer's vectors are frozen, only its codebook learns.
     """
-    state = dataclasses.replace(
+    own = [_learning(state) for state in states]
+    rates = [{"params": [state.codebook], "lr": codebook_rate} for state in own]
+    rates += [{"params": [state.logits], "lr": ratio_rate} for state in own]
+    optimizer = torch.optim.RMSprop(rates, alpha=0.9)
+    before = float("inf")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        total = loss([state.weight() for state in own])
+        soft = [state for state in own if not state.hard]
+        if soft:
+            left = torch.cat([state.ratios()[~state.frozen] for state in soft])
+            added = ratio_loss(left, as_coded=as_coded)
+            total = total + ratio_weight * added if float(added.detach()) >= before else total
+            before = float(added.detach())
+        total.backward()
+        optimizer.step()
+        own = [harden(s) if not s.hard and freeze(s, threshold) > enough else s for s in own]
+    hard = [state if state.hard else harden(state) for state in own]
+    return [dataclasses.replace(s, codebook=s.codebook.detach(), logits=s.logits.detach()) for s in hard]
+
+
+def _learning(state: Candidates) -> Candidates:
+    """A copy whose ratios and codebook take gradients."""
+    return dataclasses.replace(
         state,
         logits=state.logits.detach().clone().requires_grad_(not state.hard),
         codebook=state.codebook.detach().clone().requires_grad_(),
         frozen=state.frozen.clone(),
     )
-    rates = [{"params": [state.codebook], "lr": codebook_rate}, {"params": [state.logits], "lr": ratio_rate}]
-    optimizer = torch.optim.RMSprop(rates, alpha=0.9)
-    before = float("inf")
-    for _ in range(steps):
-        optimizer.zero_grad()
-        total = loss(state.weight())
-        if not state.hard:
-            added = ratio_loss(state.ratios()[~state.frozen], as_coded=as_coded)
-            total = total + ratio_weight * added if float(added.detach()) >= before else total
-            before = float(added.detach())
-        total.backward()
-        optimizer.step()
-        if not state.hard and freeze(state, threshold) > enough:
-            state = harden(state)
-    hard = state if state.hard else harden(state)
-    return dataclasses.replace(hard, codebook=hard.codebook.detach(), logits=hard.logits.detach())
 
 
 def encoded(state: Candidates) -> Encoded:

@@ -3,5 +3,13 @@
 from dit_accel_kernels.attention import block_sparse_attention, choose_implementation
 from dit_accel_kernels.errors import KernelError, KernelUnavailableError
 from dit_accel_kernels.mask import BlockMask
+from dit_accel_kernels.vq_forward import vq_linear
 
-__all__ = ["BlockMask", "KernelError", "KernelUnavailableError", "block_sparse_attention", "choose_implementation"]
+__all__ = [
+    "BlockMask",
+    "KernelError",
+    "KernelUnavailableError",
+    "block_sparse_attention",
+    "choose_implementation",
+    "vq_linear",
+]

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernel at first use and keeps the library in a cache; plain C interface, so no torch headers."""
+"""Compiles the C++ kernels at first use and keeps the libraries in a cache; plain C interface, so no torch headers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from dit_accel_kernels.errors import KernelUnavailableError
 
 SOURCE = Path(__file__).parent / "csrc" / "block_sparse_attention.cpp"
+VQ_SOURCE = SOURCE.with_name("vq_linear.cpp")
 # Not -ffast-math: NaN and infinity keep their meaning. The rest only lets multiply and add fuse and drops errno.
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -61,7 +62,7 @@ def cache_key(source: bytes, compiler: list[str], version: str) -> str:
 
 
 def library_path(source: Path = SOURCE) -> Path:
-    """The compiled library of `source`; compiles it where the cache has none: some 4 seconds, once on a machine."""
+    """The compiled library of `source`; compiles it where the cache has none: 4 to 10 seconds, once a machine."""
     compiler = find_compiler()
     version = call([*compiler, "--version"]).stdout
     path = cache_folder() / f"{source.stem}-{cache_key(source.read_bytes(), compiler, version)}.so"
@@ -92,9 +93,12 @@ def call(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
-    """The loaded library, or in words why there is none; found out once per process. ctypes calls release the GIL."""
+def load(source: Path = SOURCE) -> ctypes.CDLL | str:
+    """The loaded library of `source`, or in words why there is none; found out once per process.
+
+    ctypes calls release the GIL.
+    """
     try:
-        return ctypes.CDLL(str(library_path()))
+        return ctypes.CDLL(str(library_path(source)))
     except (KernelUnavailableError, OSError) as error:
         return str(error)

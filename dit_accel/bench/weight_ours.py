@@ -1,0 +1,108 @@
+"""Ours in the bench of weights: vector-quantised weights at 2, 3 and 4 bits, from what dit_accel.weights has.
+
+A method takes (pipe, hessians by layer) and returns by layer (dense float32 [O, I], bytes that it stores). Bytes are
+those of `Stored.nbytes`: packed codes, bfloat16 row scales, packed signs of the rotation, the layer's own codebook. A
+universal codebook belongs to the model and is left out: 2048, 256 and 1024 bytes for 2, 3 and 4 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_accel.denoiser.find import find_block_lists, find_denoisers
+from dit_accel.errors import ArgumentError, UnsupportedModelError
+from dit_accel.weights.codebook import universal
+from dit_accel.weights.encode import Encoded, data_free, layer_codebook
+from dit_accel.weights.feedback import calibrate
+from dit_accel.weights.rotation import block_of, draw_signs, rotate, rotate_hessian, unpack_signs
+from dit_accel.weights.storage import store
+
+Quantised = dict[str, tuple[Tensor, int]]
+Method = Callable[[Any, Mapping[str, Tensor]], Quantised]
+BOOKS = {2: "256x4", 3: "64x2", 4: "256x2"}
+FEWEST = 4096  # weights of a layer that is worth quantising
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The denoiser of a pipeline that has one."""
+    found = find_denoisers(pipe)
+    if len(found) != 1:
+        raise UnsupportedModelError(f"The pipeline has {len(found)} denoisers ({', '.join(found)}); one is measured.")
+    return next(iter(found.values()))
+
+
+def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> linear layer, for those in blocks that have at least 4096 weights."""
+    return {
+        f"{path}.{name}": module
+        for path, blocks in find_block_lists(model).items()
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.numel() >= FEWEST
+    }
+
+
+def each_layer(function: Callable[[Tensor, Tensor | None], tuple[Tensor, int]]) -> Method:
+    """A method from a function of one layer's weight [O, I] and Hessian [I, I]."""
+
+    def method(pipe: Any, hessians: Mapping[str, Tensor]) -> Quantised:
+        layers = quantisable(denoiser_of(pipe))
+        return {name: function(layer.weight.detach().float(), hessians.get(name)) for name, layer in layers.items()}
+
+    return method
+
+
+def k_means(weight: Tensor, hessian: Tensor | None, *, bits: int) -> tuple[Tensor, int]:
+    """The layer's own codebook and row scales, no data."""
+    del hessian
+    return _own(data_free(weight, layer_codebook(weight, *_size(bits))))
+
+
+def rotated(weight: Tensor, hessian: Tensor | None, *, bits: int, data: bool) -> tuple[Tensor, int]:
+    """Hadamard blocks as large as the row allows and the universal codebook; data: with feedback under the Hessian."""
+    inputs, book = weight.shape[1], universal(BOOKS[bits])
+    packed, block = draw_signs(inputs, 0), block_of(inputs)
+    signs = unpack_signs(packed, inputs)
+    turned = rotate(weight, signs, block)
+    metric = rotate_hessian(_given(hessian), signs, block) if data else None
+    made = data_free(turned, book) if metric is None else calibrate(turned, metric, book)
+    stored = store(made, universal_name=BOOKS[bits], signs=packed, block=block)
+    return stored.decode(), stored.nbytes
+
+
+def own_feedback(weight: Tensor, hessian: Tensor | None, *, bits: int) -> tuple[Tensor, int]:
+    """The layer's own codebook, with feedback and Newton steps of the codebook."""
+    return _own(calibrate(weight, _given(hessian), layer_codebook(weight, *_size(bits)), newton=True))
+
+
+def _own(made: Encoded) -> tuple[Tensor, int]:
+    stored = store(made)
+    return stored.decode(), stored.nbytes
+
+
+def _size(bits: int) -> tuple[int, int]:
+    """Codewords and weights of one."""
+    _, entries, width = universal(BOOKS[bits]).shape
+    return entries, width
+
+
+def _given(hessian: Tensor | None) -> Tensor:
+    if hessian is None:
+        raise ArgumentError("The method needs a Hessian; collect one from calibration runs.")
+    return hessian
+
+
+_KINDS: dict[str, Callable[..., tuple[Tensor, int]]] = {
+    "k-means": k_means,
+    "universal": functools.partial(rotated, data=False),
+    "feedback": functools.partial(rotated, data=True),
+    "feedback-own": own_feedback,
+}
+OURS: dict[str, Method] = {
+    f"{name}-{bits}": each_layer(functools.partial(function, bits=bits))
+    for bits in BOOKS
+    for name, function in _KINDS.items()
+}
