@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo test check bench bench-kernels evidence clean help
+.PHONY: demo test check bench bench-kernels bench-load-memory evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
@@ -15,6 +15,8 @@ help:
 	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under pipelines/tiny-flux/results)"
 	@echo "make bench-kernels  block-sparse kernels against dense attention, alone and in a model of 16384 tokens (20 minutes)"
 	@echo "make bench-attention-tiny-flux  every rule of block-sparse attention on a shipped pipeline (a quarter of an hour)"
+	@echo "make bench-weights-tiny-flux  every way to store weights in 2 to 4 bits, ours and rivals' (an hour)"
+	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
 	@echo "make bench-tiny-sd3  the same on another pipeline (ITEMS=8 pictures; half an hour)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -56,8 +58,18 @@ bench-tiny-%: $(VENV)/.installed-bench
 bench-attention-%: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.attention pipelines/$* --items $(ITEMS) --out pipelines/$*/results
 
+# Every way to store weights in 2 to 4 bits, on a shipped pipeline; goes on where it was interrupted.
+bench-weights-%: $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.bench.weights pipelines/$* --items $(ITEMS) --steps 20 --runs 32 \
+		--out pipelines/$*/results
+
+# Peak memory of a FLUX-wide model that is quantised while it is loaded.
+bench-load-memory: $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.bench.load_memory
+
 bench-kernels: $(VENV)/.installed-bench
 	$(BIN)/python kernels/benchmarks/block_sparse_attention.py
+	$(BIN)/python kernels/benchmarks/vq_linear.py
 	for threads in 1 2; do $(BIN)/python -m dit_accel.bench.sparse_speed --threads $$threads --out docs/results || exit 1; done
 
 gates-%: $(VENV)/.installed

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dit_accel.errors import CheckpointError as CheckpointError
     from dit_accel.errors import DitAccelError as DitAccelError
     from dit_accel.errors import KernelUnavailableError as KernelUnavailableError
+    from dit_accel.errors import ManifestError as ManifestError
     from dit_accel.errors import NonFiniteError as NonFiniteError
     from dit_accel.errors import PolicyError as PolicyError
     from dit_accel.errors import UnsupportedModelError as UnsupportedModelError
@@ -45,6 +46,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "DitAccelError": "errors",
     "KernelUnavailableError": "errors",
+    "ManifestError": "errors",
     "NonFiniteError": "errors",
     "PolicyError": "errors",
     "UnsupportedModelError": "errors",

@@ -168,6 +168,14 @@ def _vector_quant(arguments: argparse.Namespace) -> Any:
     return from_mapping(VectorQuant, data)
 
 
+def _render(arguments: argparse.Namespace) -> int:
+    from dit_accel.render.command import run
+
+    steps = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
+    call = _call_arguments(arguments) | steps
+    return run(arguments, call if arguments.pipeline is None else call_defaults(arguments.pipeline) | call)
+
+
 class _Bars:
     """Progress of the stages of a long job: one bar after another."""
 
@@ -268,6 +276,10 @@ def load_pipeline(name: str | os.PathLike[str], dtype: str = "float32") -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
+    from dit_accel.quantization.quantizer import register
+
+    register()
+
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -364,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_parser(
         _command(commands, "compare", "measure a policy against the plain pipeline and fewer steps", _compare)
     )
+    _render_parser(_command(commands, "render", "make every item of a manifest, and go on where it was left", _render))
     explained = _command(commands, "explain", "say what a policy would do to a pipeline, without generating", _explain)
     _pipeline_and_policy(explained)
     explained.description = (
@@ -420,6 +433,13 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
         help="write comparison.json, table.txt, grid.png, strip.png; of videos also sheet.png and MP4s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _render_parser(parser: argparse.ArgumentParser) -> None:
+    from dit_accel.render.command import add_options
+
+    add_options(parser)
+    _call_options(parser)
 
 
 def _quantize_parser(parser: argparse.ArgumentParser) -> None:

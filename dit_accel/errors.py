@@ -19,6 +19,10 @@ class ArgumentError(DitAccelError, ValueError):
     """An argument of `compare` or of a pipeline call, or a prompt, is not allowed."""
 
 
+class ManifestError(DitAccelError, ValueError):
+    """A manifest of a batch render, or an item in it, is not allowed; the message names the line and the field."""
+
+
 class UnsupportedModelError(DitAccelError, TypeError):
     """The pipeline or model cannot be accelerated by the mechanism that was asked for."""
 

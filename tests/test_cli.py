@@ -156,6 +156,59 @@ def test_bad_input_is_a_sentence_and_exit_code_2(run: Run, folder: Path, words: 
     assert re.search(message, err), err
 
 
+def test_explain_counts_public_models_without_their_weights(run: Run) -> None:
+    code, out, _ = run("explain", "wan2.1-t2v-1.3b", "--policy", "vq")
+    assert code == 0 and "Weights of transformer: 300 layers, 300 x 256x4" in out and "times smaller" in out
+    code, _, error = run("explain", "nowhere/config.json", "--policy", "vq")
+    assert code == 2 and "Known models" in error
+
+
+def test_quantize_saves_a_pipeline_that_loads(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(folder), "--out", str(out), "--bits", "3", "--set", "smallest=0", "--set", "low_rank=2"]
+    code, text, _ = run(*words, "--items", "2", "--steps", "2")
+    assert code == 0 and "times smaller" in text and "PSNR" in text and "worst" in text
+    report = json.loads((out / "quantization.json").read_text())
+    assert report["denoisers"]["transformer"]["ratio"] > 1.5 and len(report["psnr"]) == 2
+    assert (out / cli.DEFAULTS_FILE).read_bytes() == (folder / cli.DEFAULTS_FILE).read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path != out], "nothing half-written stays"
+    pipe, arguments = load_pipeline(out), call_defaults(out)
+    assert pipe.transformer.config["quantization_config"].bits == 3
+    made = pipe(**arguments, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np")
+    assert torch.isfinite(torch.from_numpy(made[0])).all()
+    code, _, error = run(*words)
+    assert code == 2 and "not an empty folder" in error
+    code, _, error = run("quantize", str(out), "--out", str(tmp_path / "again"))
+    assert code == 2 and "quantised already" in error and not (tmp_path / "again").exists()
+
+
+def test_a_calibrated_quantization_goes_on_where_it_stopped(run: Run, folder: Path, tmp_path: Path) -> None:
+    few = [word for key in ("smallest=0", "runs=2", "steps=2", "calls=3", "tuning=2") for word in ("--set", key)]
+    words = ["quantize", str(folder), "--method", "feedback", *few, "--items", "1", "--steps", "2"]
+    words += ["--prompts", "1", "2", "--work", str(tmp_path / "work")]
+    first = run(*words, "--out", str(tmp_path / "first"))
+    again = run(*words, "--out", str(tmp_path / "again"))
+    assert first[0] == again[0] == 0
+    files = [tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors" for name in ("first", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "bitz=2"], "no setting 'bitz'"),
+        (["--set", "mean_bits=9"], "mean_bits is 9"),
+        (["--policy", "balanced"], "does not say how weights are stored"),
+        (["--set", "smallest=1000000000"], "lower smallest"),
+    ],
+)
+def test_bad_settings_of_weights_are_sentences(
+    run: Run, folder: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, error = run("quantize", str(folder), "--out", str(tmp_path / "out"), *words, "--steps", "1")
+    assert code == 2 and message in error and not (tmp_path / "out").exists()
+
+
 def test_a_hub_id_without_network_is_a_sentence(tmp_path: Path) -> None:
     program = "import sys; from dit_accel.cli import main; sys.exit(main(['explain', 'nobody/nothing']))"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}

@@ -1,8 +1,9 @@
-"""Ours in the bench of weights: vector-quantised weights at 2, 3 and 4 bits, from what dit_accel.weights has.
+"""Ours in the bench of weights: vector-quantised weights at 2, 3 and 4 bits, part by part and as a whole.
 
-A method takes (pipe, hessians by layer) and returns by layer (dense float32 [O, I], bytes that it stores). Bytes are
-those of `Stored.nbytes`: packed codes, bfloat16 row scales, packed signs of the rotation, the layer's own codebook. A
-universal codebook belongs to the model and is left out: 2048, 256 and 1024 bytes for 2, 3 and 4 bits.
+A part is a method that takes (pipe, hessians by layer) and returns by layer (dense float32 [O, I], bytes that it
+stores). Bytes are those of `Stored.nbytes`: packed codes, bfloat16 row scales, packed signs of the rotation, the
+layer's own codebook. A universal codebook belongs to the model and is left out: 2048, 256 and 1024 bytes for 2, 3 and
+4 bits. WHOLE are settings as a user gives them, applied to the pipeline, saved, and measured with all in the file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dit_accel.weights.encode import Encoded, data_free, layer_codebook
 from dit_accel.weights.feedback import calibrate
 from dit_accel.weights.rotation import block_of, draw_signs, rotate, rotate_hessian, unpack_signs
 from dit_accel.weights.storage import store
+from dit_accel.weights.vector_quant import Calibrate, VectorQuant
 
 Quantised = dict[str, tuple[Tensor, int]]
 Method = Callable[[Any, Mapping[str, Tensor]], Quantised]
@@ -105,4 +107,26 @@ OURS: dict[str, Method] = {
     f"{name}-{bits}": each_layer(functools.partial(function, bits=bits))
     for bits in BOOKS
     for name, function in _KINDS.items()
+}
+
+
+def _ours(bits: float) -> VectorQuant:
+    """More bits where they matter, shared codebooks of the model's own, feedback, and a tuning of the whole."""
+    calibrate = Calibrate(calls=320, sweeps=1, tuning=350, rate=2e-3)
+    return VectorQuant(mean_bits=bits, modulation_bits=2, codebook="model", method="feedback", calibrate=calibrate)
+
+
+def _published(method: str) -> VectorQuant:
+    """VQ4DiT as published: a codebook a layer, no rotation; or PV-Tuning in its place."""
+    calibrate = Calibrate(calls=64, sweeps=1, block_steps=150)
+    return VectorQuant(modulation_bits=2, codebook="layer", rotate=False, method=method, calibrate=calibrate)
+
+
+WHOLE: dict[str, VectorQuant] = {
+    "data-free-2": VectorQuant(),
+    "vq4dit-2": _published("vq4dit"),
+    "pv-tuning-2": _published("pv-tuning"),
+    "ours-2": _ours(2.4),
+    "ours-3": _ours(3.2),
+    "ours-4": _ours(4.2),
 }

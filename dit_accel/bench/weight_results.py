@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.bench.results import read_sheet, sheet
-from dit_accel.bench.weight_ours import OURS
+from dit_accel.bench.weight_ours import OURS, WHOLE
 from dit_accel.errors import ArgumentError
 from dit_accel.files import write_atomically
 
@@ -104,7 +104,7 @@ def plot(rows: Sequence[Row]) -> bytes:
 
     figure, axes = plt.subplots(figsize=(11, 7))
     shown = [row for row in rows if row.bits_per_weight < 8]
-    own = {family(name) for name in OURS}
+    own = {family(name) for name in (*OURS, *WHOLE)}
     for number, name in enumerate(dict.fromkeys(family(row.method) for row in shown)):
         points = sorted((row for row in shown if family(row.method) == name), key=lambda row: row.bits_per_weight)
         bits, colour = [row.bits_per_weight for row in points], plt.get_cmap("tab20")(number % 20)

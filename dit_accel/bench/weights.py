@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import dit_accel
+from dit_accel import Policy
 from dit_accel.bench.captions import draw_captions
 from dit_accel.bench.measure import Workload, load_workload
 from dit_accel.bench.results import versions
-from dit_accel.bench.weight_ours import OURS, Method, Quantised, denoiser_of, each_layer, quantisable
+from dit_accel.bench.weight_ours import OURS, WHOLE, Method, Quantised, denoiser_of, each_layer, quantisable
 from dit_accel.bench.weight_results import Row, recorded, rival_versions, write
 from dit_accel.bench.weight_rivals import RIVALS
 from dit_accel.calls import Made
@@ -33,6 +37,7 @@ from dit_accel.errors import ArgumentError, nearest
 from dit_accel.features import FeatureExtractor
 from dit_accel.quality import caption_satisfied, psnr, relative_l2, summarize
 from dit_accel.weights.hessian import output_error
+from dit_accel.weights.vector_quant import VectorQuant
 
 CALIBRATION, HELD_OUT = 1000, 2000  # first seeds of the runs that Hessians are collected in
 PLAIN: dict[str, Method] = {
@@ -41,9 +46,9 @@ PLAIN: dict[str, Method] = {
 }
 
 
-def methods() -> dict[str, Method]:
-    """Every method by name: as shipped, half precision, the rivals, ours."""
-    return PLAIN | {name: each_layer(rival.function) for name, rival in RIVALS.items()} | OURS
+def methods() -> dict[str, Method | VectorQuant]:
+    """Every method by name: as shipped, half precision, the rivals, the parts of ours, and ours as a whole."""
+    return PLAIN | {name: each_layer(rival.function) for name, rival in RIVALS.items()} | OURS | WHOLE
 
 
 def collect(workload: Workload, prompts: Sequence[str | None], first_seed: int) -> dict[str, Tensor]:
@@ -107,9 +112,11 @@ class Bench:
                 for name, weight in shipped.items():
                     self.layers[name].weight.copy_(weight)
 
-    def measure(self, name: str, method: Method) -> Row:
+    def measure(self, name: str, method: Method | VectorQuant) -> Row:
         """All items under one method. Layers that it leaves out count as shipped."""
-        reference, hessians = self.reference, self.hessians
+        if isinstance(method, VectorQuant):
+            return self.measure_whole(name, method)
+        hessians, _ = self.hessians, self.reference  # collected before the time is taken
         started = time.perf_counter()
         quantised = method(self.workload.pipe, hessians)
         seconds = time.perf_counter() - started
@@ -118,11 +125,50 @@ class Bench:
         shipped = {name: weight.numel() * weight.element_size() for name, weight in weights.items()}
         stored = sum(quantised[name][1] if name in quantised else count for name, count in shipped.items())
         whole = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        counted = {
+            "bits_per_weight": 8 * stored / sum(weight.numel() for weight in weights.values()),
+            "layer_bytes": stored,
+            "file_bytes": whole - sum(shipped.values()) + stored,
+        }
+        with self.installed(quantised):
+            made = self.make()
+        return self._row(name, weights, dense, made, seconds, counted)
+
+    def measure_whole(self, name: str, settings: VectorQuant) -> Row:
+        """All items under settings as a user gives them, calibrated on the same captions; bytes as saved."""
+        _, weights = self.reference, {name: layer.weight.detach() for name, layer in self.layers.items()}
+        prompts = tuple(caption for caption in self.captions[: self.runs] if caption is not None)
+        calibrate = dataclasses.replace(settings.calibrate, prompts=prompts, runs=self.runs, steps=self.workload.steps)
+        started = time.perf_counter()
+        policy = Policy(weights=dataclasses.replace(settings, calibrate=calibrate))
+        with dit_accel.apply(self.workload.pipe, policy, arguments=self.workload.caller.arguments) as session:
+            seconds = time.perf_counter() - started
+            formats = next(iter(session.quantized.values())).formats
+            made = self.make()
+            coded: dict[str, Any] = {name: self.model.get_submodule(name) for name in formats}
+            dense = weights | {name: coded[name].decode() for name in formats if name in weights}
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+                size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        stored = sum(format.nbytes() for format in formats.values())
+        count = sum(format.shape[0] * format.shape[1] for format in formats.values())
+        counted = {"bits_per_weight": 8 * stored / count, "layer_bytes": stored, "file_bytes": size}
+        return self._row(name, weights, dense, made, seconds, counted)
+
+    def _row(
+        self,
+        name: str,
+        weights: Mapping[str, Tensor],
+        dense: Mapping[str, Tensor],
+        made: Sequence[Made],
+        seconds: float,
+        counted: Mapping[str, Any],
+    ) -> Row:
+        """The row of a method. weights, dense: by layer, as shipped and as the method computes with them [O, I]."""
+        reference = self.reference
         seen = [name for name in weights if float(self.unseen[name].trace()) > 0]
         weight_error = statistics.fmean(output_error(weights[name], dense[name]) for name in weights)
         outputs = statistics.fmean(output_error(weights[name], dense[name], self.unseen[name]) for name in seen)
-        with self.installed(quantised):
-            made = self.make()
         levels = summarize([summarize(psnr(a.frames, b.frames)).mean for a, b in zip(made, reference)])
         pictures = [100 * float(relative_l2(a.pictures, b.pictures)) for a, b in zip(made, reference)]
         latents = [
@@ -134,9 +180,7 @@ class Bench:
         satisfied = caption_satisfied(torch.cat([one.pictures for one in made]), asked, self.extractor)["all"]
         return Row(
             method=name,
-            bits_per_weight=8 * stored / sum(weight.numel() for weight in weights.values()),
-            layer_bytes=stored,
-            file_bytes=whole - sum(shipped.values()) + stored,
+            **counted,
             weight_error=100 * weight_error,
             output_error=100 * outputs,
             psnr_mean=levels.mean,

@@ -33,6 +33,27 @@ def select(value: Any, rows: Sequence[int], count: int, name: str = "") -> Any:
     return value
 
 
+def stacked(values: Sequence[Any], count: int, name: str = "") -> Any:
+    """The same argument of several calls of `count` rows each, as one argument of a call with all their rows.
+
+    What has no row for each must be the same in all calls. Raises ValueError where it is not.
+    """
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: stacked([value[key] for value in values], count, str(key)) for key in first}
+    if type(first) in (tuple, list):
+        return type(first)(stacked(items, count, name) for items in zip(*values, strict=True))
+    if isinstance(first, Tensor):
+        if not any(word in name for word in _SHARED) and first.ndim and first.shape[0] == count:
+            return torch.cat(list(values))
+        same = all(value.shape == first.shape and torch.equal(value, first) for value in values)
+    else:
+        same = all(value == first for value in values)
+    if not same:
+        raise ValueError(f"The calls differ in {name or 'an argument'}, which has no row for each sample.")
+    return first
+
+
 def count_samples(sample: Tensor, output: Tensor) -> int:
     """How many samples one step of a scheduler moves [R, ...]: R, or half of that where both halves are the same.
 

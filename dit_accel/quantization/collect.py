@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.calls import Caller
+from dit_accel.denoiser.samples import stacked
 from dit_accel.denoiser.whole import tensors_in
 from dit_accel.errors import ArgumentError
 from dit_accel.weights.vector_quant import Calibrate
@@ -150,6 +151,26 @@ def _feature(call: Call) -> Tensor:
     flat = torch.cat([tensor.flatten() for tensor in call.output]).float().cpu()
     sample = flat[:: max(1, len(flat) // _FEATURES)]
     return sample / sample.norm().clamp(min=1e-12)
+
+
+def joined(calls: Sequence[Call]) -> Call:
+    """The calls as one with all their rows. Raises ValueError where they cannot be joined."""
+    count = calls[0].output[0].shape[0]
+    args, kwargs = (stacked(values, count) for values in ([c.args for c in calls], [c.kwargs for c in calls]))
+    outputs = tuple(torch.cat(rows) for rows in zip(*(call.output for call in calls), strict=True))
+    return Call(args, kwargs, outputs, calls[0].run, calls[0].step)
+
+
+@torch.no_grad()
+def can_be_joined(model: nn.Module, calls: Sequence[Call]) -> bool:
+    """True where a call with the rows of several gives the outputs of each: found out on the model itself."""
+    try:
+        whole = joined(calls)
+        made = tensors_in(model(*whole.args, **whole.kwargs))
+        errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(made, whole.output)]
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError):
+        return False
+    return max(errors) < 1e-2  # as near as half precision comes
 
 
 class _Enough(Exception):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.func import functional_call
 
 from dit_accel.denoiser.whole import tensors_in
 from dit_accel.quantization.calibrate import Progress
-from dit_accel.quantization.collect import Call
+from dit_accel.quantization.collect import Call, can_be_joined, joined
 from dit_accel.quantization.install import packed
 from dit_accel.quantization.keep import Kept
 from dit_accel.quantization.refine import Opened
@@ -32,10 +33,11 @@ from dit_accel.weights.vector_quant import VectorQuant
 
 BATCH = 4  # calls of one step
 RECODE_EVERY = 10  # steps between changes of codes
-RECODE_UNTIL = 0.75  # of all steps
-SHADOW_RATE = 10.0  # of the shadows, in rates of everything else
+RECODE_UNTIL = 0.6  # of all steps
+SHADOW_RATE = 2.0  # of the shadows, in rates of everything else
 WARM = 20  # steps in which the rate rises
 KEEP_EVERY = 100  # steps
+_JUDGED = 32  # calls that say whether it helped
 
 
 class Student:
@@ -108,6 +110,14 @@ class Student:
         return float(loss.detach())
 
     @torch.no_grad()
+    def error(self, calls: Sequence[Call], energy: float) -> float:
+        """Mean square error of the outputs over their energy, as the weights would be stored now."""
+        dtype = next(iter(self.dense.values())).dtype
+        weights = {f"{name}.weight": self.weight(name, straight_through=False).to(dtype) for name in self.opened}
+        pairs = [pair for call in calls for pair in zip(self.outputs(call, weights), call.output)]
+        return sum(float((a.float() - b.float()).square().mean()) for a, b in pairs) / (len(calls) * energy)
+
+    @torch.no_grad()
     def recode(self) -> None:
         """Every vector to the codeword that is nearest to its shadow."""
         for name, one in self.opened.items():
@@ -156,19 +166,24 @@ def distill(
     """Codes of every layer and the shared codebooks, learned. The dense rest of the model is changed in place; undo
     gets its way back.
 
-    A layer whose format has a codebook of its own keeps one; shared codebooks learn from all layers at once.
+    A layer whose format has a codebook of its own keeps one; shared codebooks learn from all layers at once. Where the
+    outputs are no nearer afterwards, all stays as it was found, and a warning says so.
     """
     student = Student(model, {name: Opened.of(found[name], formats[name]) for name in formats}, books, settings)
+    energy = sum(float(t.float().square().mean()) for call in calls for t in call.output) / len(calls)
+    judged = list(calls[:: max(1, len(calls) // _JUDGED)])
+    before = student.error(judged, energy)
     steps, first = settings.calibrate.tuning, 0
     state = kept.read("tuning")
     if state is not None:
         first = int(state.pop("step"))
         student.restore(state)
-    energy = sum(float(t.float().square().mean()) for call in calls for t in call.output) / len(calls)
+    together = len(calls) >= BATCH and can_be_joined(model, calls[:BATCH])
     for step in range(first, steps):
         progress("tuning of the whole model", step, steps)
         rate = min(1.0, (step + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         batch = random.Random(f"{settings.seed} {step}").sample(list(calls), min(BATCH, len(calls)))
+        batch = [joined(batch)] if together else batch
         recoding = step < RECODE_UNTIL * steps
         student.step(batch, energy, rate, recoding=recoding)
         if recoding and (step + 1) % RECODE_EVERY == 0:
@@ -176,6 +191,14 @@ def distill(
         if (step + 1) % KEEP_EVERY == 0:
             kept.write("tuning", student.state() | {"step": torch.tensor(step + 1)})
     progress("tuning of the whole model", steps, steps)
+    after = student.error(judged, energy)
+    if not after < before:
+        warnings.warn(
+            f"The tuning was given up: it made the error of the outputs {after:.3g}, from {before:.3g}; lower its "
+            "rate, or give it more steps.",
+            stacklevel=2,
+        )
+        return dict(found), dict(books)
     _give_back(student, undo)
     return _packed(student, found), {size: storable(student.learning[f"book {size}"].detach()) for size in books}
 

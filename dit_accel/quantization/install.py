@@ -18,6 +18,7 @@ from dit_accel.weights.encode import Encoded, data_free, layer_codebook
 from dit_accel.weights.feedback import low_rank
 from dit_accel.weights.format import LayerFormat
 from dit_accel.weights.linear import SCRATCH_MB, SharedCodebooks, VQEmbedding, VQLinear
+from dit_accel.weights.packing import pack
 from dit_accel.weights.rotation import draw_signs, rotate, unpack_signs
 from dit_accel.weights.storage import Stored, store
 
@@ -101,9 +102,17 @@ def rotation_of(name: str, format: LayerFormat, seed: int) -> Tensor | None:
 
 def rotated(weight: Tensor, format: LayerFormat, signs: Tensor | None) -> Tensor:
     """A weight in the inputs of its codes -> float32 [O, I]."""
-    if signs is None:
-        return weight.float()
-    return rotate(weight.float(), unpack_signs(signs.to(weight.device), format.shape[1]), format.block)
+    return _turned(weight, _factors(weight, format, signs), format)
+
+
+def _factors(weight: Tensor, format: LayerFormat, signs: Tensor | None) -> Tensor | None:
+    """The signs as numbers on the weight's device -> float32 [I]."""
+    return None if signs is None else unpack_signs(signs.to(weight.device), format.shape[1])
+
+
+def _turned(rows: Tensor, factors: Tensor | None, format: LayerFormat) -> Tensor:
+    """Rows of a weight in the inputs of their codes -> float32 [rows, I]. factors: as of `_factors`."""
+    return rows.float() if factors is None else rotate(rows.float(), factors, format.block)
 
 
 def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book: Tensor | None) -> Stored:
@@ -113,8 +122,9 @@ def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book
     of the layer's own and a low-rank part look at all rows at once, at 8 bytes a weight.
     """
     signs = rotation_of(name, format, seed)
+    factors = _factors(weight, format, signs)
     if book is None:
-        turned = rotated(weight, format, signs)
+        turned = _turned(weight, factors, format)
         book = layer_codebook(turned, format.entries, format.width, stages=format.stages, seed=seed_of(name, seed))
         del turned
     book = book.float().to(weight.device)
@@ -122,8 +132,8 @@ def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book
     codes = torch.empty(format.tensors()["codes"][0], dtype=torch.uint8, device=weight.device)
     scales = torch.empty(format.shape[0], dtype=torch.bfloat16, device=weight.device)
     for run in _runs(format):
-        part = packed(data_free(rotated(weight[run], format, signs), book), format, signs)
-        codes[run], scales[run] = part.codes, part.row_scale
+        part = data_free(_turned(weight[run], factors, format), book)
+        codes[run], scales[run] = pack(part.codes.flatten(1), format.code_bits), part.row_scale
     signs = None if signs is None else signs.to(weight.device)
     made = Stored(codes, scales, signs, book.bfloat16(), None, format.code_bits, format.shape, format.block)
     if not format.rank:
@@ -131,7 +141,7 @@ def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book
     left = torch.empty(format.shape, device=weight.device)
     for run in _runs(format):
         found = made.rows_into(run, torch.empty_like(left[run]))
-        torch.sub(rotated(weight[run], format, signs), found, out=left[run])
+        torch.sub(_turned(weight[run], factors, format), found, out=left[run])
     first, second = low_rank(left, None, format.rank, seed=seed_of(name, seed))
     return dataclasses.replace(made, low_rank=(first.bfloat16(), second.bfloat16()))
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dit_accel.denoiser.find import find_denoisers
 from dit_accel.diffusers_bridge import is_pipeline
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.quantization.allocate import allocate
 from dit_accel.quantization.calibrate import Progress, encode_all, feedback_all, shared_books
 from dit_accel.quantization.collect import collect_calls
 from dit_accel.quantization.distill import distill
@@ -104,6 +105,8 @@ def quantize(
     made: dict[str, Quantized] = {}
     for name, module in denoisers.items():
         started = time.perf_counter()
+        if settings.mean_bits is not None:
+            planned[name] = allocate(module, planned[name], calls[name], settings, told)
         kept = _kept(None if folder is None else folder / name, module, planned[name], settings, arguments)
         job = _Job(module, planned[name], settings, kept, told, undo)
         made[name] = job.run(calls[name])

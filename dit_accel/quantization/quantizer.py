@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
@@ -181,7 +182,8 @@ class VQQuantizer(DiffusersQuantizer):
             raise UnsupportedModelError(
                 f"The model has no {lost[0]}, so what is saved could not be loaded; unload LoRAs before saving."
             )
-        return state_dict, {}
+        floats = {name for name, (_, holds_bytes) in expected(self.quantization_config).items() if not holds_bytes}
+        return {name: _small(value) if name in floats else value for name, value in state_dict.items()}, {}
 
     def _dequantize(self, model: Any) -> Any:
         """Plain dense layers, and a config without a trace."""
@@ -201,6 +203,12 @@ class VQQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _small(value: Tensor) -> Tensor:
+    """Scales and codebooks as they were made, at bfloat16, where nothing is lost: a float32 model is saved as small."""
+    half = value.to(torch.bfloat16)
+    return half if torch.equal(half.to(value.dtype), value) else value
 
 
 class _Streamed(dict[str, Tensor]):

@@ -176,6 +176,8 @@ class VQLinear(_Coded, nn.Linear):  # pyright: ignore[reportIncompatibleVariable
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):  # as nn.Linear does
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         return vq_linear(
             input,
             self.codes,

@@ -51,6 +51,13 @@ class VectorQuant(Settings):
     """
 
     bits: int = setting(2, "bits a weight of the codes: 2 (256 codewords of 4), 3 (64 of 2) or 4 (256 of 2)")
+    mean_bits: float | None = setting(
+        None,
+        "bits a weight of all that is stored, on average: layers start at 2 bits, and those that change the outputs "
+        "most get 3 or 4 (useful: 2.3 to 3.5); null: `bits` for all. Runs the pipeline first",
+        minimum=2.0,
+        maximum=5.0,
+    )
     modulation_bits: int = setting(4, "the same for layers that turn the time embedding into shifts and scales")
     codebook: str = setting(
         "universal",
@@ -87,8 +94,10 @@ class VectorQuant(Settings):
             raise PolicyError(
                 "VectorQuant.codebook is 'universal', which fits rotated weights only; set rotate, or another codebook."
             )
+        if self.mean_bits is not None and self.size is not None:
+            raise PolicyError("VectorQuant.mean_bits and size both say how layers are stored; give one of them.")
 
     @property
     def is_calibrated(self) -> bool:
         """True where the pipeline has to run before its layers can be quantised."""
-        return self.method != "data-free" or self.calibrate.tuning > 0
+        return self.method != "data-free" or self.calibrate.tuning > 0 or self.mean_bits is not None

@@ -3,6 +3,7 @@
 from dit_accel_kernels.attention import block_sparse_attention, choose_implementation
 from dit_accel_kernels.errors import KernelError, KernelUnavailableError
 from dit_accel_kernels.mask import BlockMask
+from dit_accel_kernels.nearest import nearest_codewords
 from dit_accel_kernels.vq_forward import vq_linear
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "KernelUnavailableError",
     "block_sparse_attention",
     "choose_implementation",
+    "nearest_codewords",
     "vq_linear",
 ]
