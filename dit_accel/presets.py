@@ -119,6 +119,15 @@ def _vq4dit() -> Policy:
     )
 
 
+WEIGHTS: dict[str, Preset] = {
+    "vq": Preset(
+        lambda: Policy(weights=VectorQuant()),
+        "ours: weights of the blocks at 2 bits, without data (4 bits where the time embedding is read)",
+    ),
+    "vq4dit": Preset(_vq4dit, "VQ4DiT (2408.17131): 2-bit weights, codebooks a layer, candidate codes and ratios"),
+}
+
+
 RULES: dict[str, Preset] = {
     "sparse": Preset(_sparse, "ours: a quarter of the attention, and what is left out stands in by its means"),
     "adaspa": Preset(
@@ -258,10 +267,6 @@ PRESETS: dict[str, Preset] = {
         _method("teacache", lambda m: (m.cache(), None)),
         "TeaCache (2411.19108): the change of the modulated input, rescaled for FLUX and summed",
     ),
-    "vq": Preset(
-        lambda: Policy(weights=VectorQuant()),
-        "ours: weights of the blocks at 2 bits, without data (4 bits where the time embedding is read)",
-    ),
-    "vq4dit": Preset(_vq4dit, "VQ4DiT (2408.17131): 2-bit weights, codebooks a layer, candidate codes and ratios"),
     **RULES,
+    **WEIGHTS,
 }

@@ -12,14 +12,14 @@ from torch import Tensor
 import dit_accel
 from dit_accel import BlockCache, Forecast, Policy, PolicyError
 from dit_accel.cache import Scope
-from dit_accel.presets import FAMILIES, PRESETS, RULES
+from dit_accel.presets import FAMILIES, PRESETS, RULES, WEIGHTS
 from dit_accel.stats import StepRecord
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.tiny_pipelines import TinyPipeline
 
 STEPS = 12
 PIPELINES = ("flux_true_cfg", "sd3", "dit", "pixart_sigma", "qwenimage", "wan22", "cogvideox", "ltx", "hunyuan_video")
-NAMES = [name for name in PRESETS if name != "exact" and name not in RULES]
+NAMES = [name for name in PRESETS if name != "exact" and name not in (*RULES, *WEIGHTS)]
 EVERYWHERE = ("flux_true_cfg", "sd3", "wan22")  # guidance in turn, in one batch, two denoisers; the others see a part
 # Computed (C) and skipped (.) steps of the methods that look at nothing. The first two steps are always computed: one
 # to observe the model, one to have something to go on from.

@@ -113,7 +113,7 @@ def test_a_whole_field_is_replaced_and_then_overridden() -> None:
         (
             "exact",
             {"threshold": 0.1},
-            "no setting 'threshold'; did you mean 'resolution'? allowed: attention, cache, forecast, resolution.",
+            "no setting 'threshold'; did you mean 'resolution'? allowed: attention, cache, forecast, resolution, weights.",
         ),
         ("balanced", {"threshold": "high"}, "give float or null"),
         ("balanced", {"cache": None}, "without Policy.cache"),
@@ -177,7 +177,7 @@ def test_a_folder_in_the_way_leaves_no_temporary_file(tmp_path: Path) -> None:
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.json", b"\xff\xfe", "not valid JSON"),
-        ("a.json", b"[1]", "A policy is a mapping of cache, forecast, attention"),
+        ("a.json", b"[1]", "A policy is a mapping of cache, forecast, weights, attention"),
         ("a.json", b'{"cache": {"threshold": NaN}}', "finite"),
         ("a.json", b'{"cache": {"threshold": 1e999}}', "finite"),
         ("a.json", b'{"version": 2}', "version 2; this dit_accel reads version 1."),

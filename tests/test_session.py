@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dit_accel
 from dit_accel import BlockCache, DitAccelError, Forecast, Policy, PolicyError, UnsupportedModelError
 from dit_accel.denoiser.subclass import owner_of
-from dit_accel.presets import RULES
+from dit_accel.presets import RULES, WEIGHTS
 from dit_accel.testing import tiny_pipelines, tiny_transformers
 from dit_accel.testing.checks import FORCED, traces
 from dit_accel.testing.tiny_pipelines import TinyPipeline
@@ -471,7 +471,12 @@ OTHER_MODELS = ("adacache", "bac", "fora", "hicache", "pab", "seacache", "smooth
 
 @pytest.mark.parametrize(
     "policy",
-    [*(n for n in dit_accel.policies() if n not in (*OTHER_MODELS, *RULES)), FORCED, EAGER, Policy(BlockCache(0.0))],
+    [
+        *(n for n in dit_accel.policies() if n not in (*OTHER_MODELS, *RULES, *WEIGHTS)),
+        FORCED,
+        EAGER,
+        Policy(BlockCache(0.0)),
+    ],
     ids=lambda policy: policy if isinstance(policy, str) else None,
 )
 def test_a_denoiser_call_waits_for_the_device_at_most_once(policy: Policy | str, syncs: Syncs) -> None:

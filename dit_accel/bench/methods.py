@@ -16,7 +16,7 @@ import dit_accel
 from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.cache import Schedule, Scope
 from dit_accel.denoiser.find import find_denoisers
-from dit_accel.presets import RULES
+from dit_accel.presets import RULES, WEIGHTS
 
 Attach = Callable[[Any], Callable[[], None]]
 
@@ -94,7 +94,7 @@ def published() -> list[Method]:
     """Every named method of ours at its default, and those that have a threshold at half and twice of it too."""
     rows = []
     for name in dit_accel.policies():
-        if name in RULES:  # of attention, which the attention bench measures
+        if name in (*RULES, *WEIGHTS):  # of attention and weights, which benches of their own measure
             continue
         policy = Policy.named(name)
         if name in ("exact", "quality", "balanced", "fast") or policy.cache is None:

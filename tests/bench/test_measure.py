@@ -15,7 +15,7 @@ from dit_accel.bench.measure import Workload, load_workload, magnitude_ratios
 from dit_accel.bench.methods import Method, methods, multistep, ours, plain, published
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.errors import ArgumentError, UnsupportedModelError
-from dit_accel.presets import RULES
+from dit_accel.presets import RULES, WEIGHTS
 from dit_accel.testing import tiny_pipelines
 
 POLICY = Policy(BlockCache(threshold=None, max_skips=2, warmup=2, tail=0))
@@ -81,7 +81,7 @@ def test_layers_that_are_skipped_are_not_charged() -> None:
 
 def test_every_published_method_is_measured() -> None:
     families = {method.family.removeprefix("dit_accel ") for method in published()}
-    assert families == set(dit_accel.policies()) - {"exact", "quality", "balanced", "fast", *RULES}
+    assert families == set(dit_accel.policies()) - {"exact", "quality", "balanced", "fast", *RULES, *WEIGHTS}
 
 
 def test_hooks_are_gone_and_the_plain_pipeline_costs_one() -> None:
