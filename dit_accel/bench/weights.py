@@ -207,6 +207,17 @@ def load_bench(
     return Bench(workload, extractor, drawn, runs)
 
 
+def _limited(method: Method | VectorQuant, calls: int | None, tuning: int | None) -> Method | VectorQuant:
+    """Settings of ours with less work in them, for pipelines whose calls are long."""
+    if not isinstance(method, VectorQuant):
+        return method
+    found = method.calibrate
+    found = dataclasses.replace(found, calls=min(found.calls, calls or found.calls))
+    if tuning is not None and found.tuning:
+        found = dataclasses.replace(found, tuning=tuning)
+    return dataclasses.replace(method, calibrate=found)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="folder of a trained pipeline with prompts.txt and captions.txt")
@@ -214,13 +225,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, help="default: the one in dit_accel_defaults.json")
     parser.add_argument("--runs", type=int, default=4, help="plain runs that Hessians are collected in")
+    parser.add_argument("--calls", type=int, help="model calls that our calibrated methods keep (default: their own)")
+    parser.add_argument("--tuning", type=int, help="steps of our tuning of the whole, where there is one")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"default: all of {', '.join(methods())}")
     parser.add_argument("--classifier", type=Path, help="default: the fitting one beside the pipeline")
     parser.add_argument("--fresh", action="store_true", help="measure the methods again, whatever is recorded")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    known = methods()
+    known = {name: _limited(method, arguments.calls, arguments.tuning) for name, method in methods().items()}
     chosen = arguments.methods or list(known)
     for name in chosen:
         if name not in known:
@@ -237,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "guidance": guidance,
         "runs": arguments.runs,
     }
+    settings |= {key: value for key in ("calls", "tuning") if (value := getattr(arguments, key)) is not None}
     try:
         kept, left_out = recorded(path, settings)
     except ArgumentError:
