@@ -10,6 +10,8 @@ export TRANSFORMERS_VERBOSITY := error
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
 	@echo "make test    static checks and the test suite"
+	@echo "make render-faults  kill a batch render, a Ray actor and a Ray driver at random moments (minutes)"
+	@echo "make bench-render  overhead, batches and equality of batch renders"
 	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (hours; PIPELINES=tiny-flux for one)"
 	@echo "make seeds-tiny-dit  train two further seeds of a pipeline and record how results differ (an hour)"
 	@echo "make bench   measure presets and rivals on tiny-flux (longer; results under pipelines/tiny-flux/results)"
@@ -101,6 +103,19 @@ seeds-%: $(VENV)/.installed-bench
 	$(call record,runs/$*-1-out,$*,balanced)
 	$(call record,runs/$*-2-out,$*,balanced)
 	$(BIN)/python -m dit_accel.bench.seeds pipelines/$* runs/$*-1-out runs/$*-2-out
+
+# Faults and figures of batch rendering; what is killed and measured: docs/rendering.md.
+$(VENV)/.installed-ray: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	touch $@
+
+render-faults: $(VENV)/.installed-ray
+	$(BIN)/python -m dit_accel.bench.render_faults pipelines/tiny-flux --kills 60 --out docs/results
+
+bench-render: $(VENV)/.installed-ray
+	$(BIN)/python -m dit_accel.bench.render pipelines/tiny-flux --prompts pipelines/tiny-flux/prompts.txt --out docs/results
+	$(BIN)/python -m dit_accel.bench.render pipelines/tiny-wan --prompts pipelines/tiny-wan/prompts.txt --items 12 \
+		--batches 1 2 4 --rounds 3 --out docs/results
 
 clean:
 	rm -rf $(VENV) outputs

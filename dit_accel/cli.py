@@ -436,7 +436,7 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _render_parser(parser: argparse.ArgumentParser) -> None:
-    from dit_accel.render.command import add_options
+    from dit_accel.render.options import add_options
 
     add_options(parser)
     _call_options(parser)

@@ -118,7 +118,7 @@ def _ours(bits: float) -> VectorQuant:
 
 def _published(method: str) -> VectorQuant:
     """VQ4DiT as published: a codebook a layer, no rotation; or PV-Tuning in its place."""
-    calibrate = Calibrate(calls=64, sweeps=1, block_steps=150)
+    calibrate = Calibrate(calls=64, sweeps=1, block_steps=40)
     return VectorQuant(modulation_bits=2, codebook="layer", rotate=False, method=method, calibrate=calibrate)
 
 

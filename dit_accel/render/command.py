@@ -1,4 +1,4 @@
-"""Command: `dit-accel render`, its options and what it prints; no framework is loaded before there is work."""
+"""Command: `dit-accel render`, from its options to what it prints; no framework is loaded before there is work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
@@ -21,51 +20,14 @@ from dit_accel.render.report import Report
 from dit_accel.render.stop import Stop
 
 PLAIN = "none"  # as a policy: the pipeline as it is
+# Variables in which launchers tell a process its number and how many there are; those that accelerate reads.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
 OK, SOME_FAILED, INTERRUPTED = 0, 3, 130
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument(
-        "jobs", metavar="JOBS", nargs="?", type=Path, help="manifest: .jsonl, .csv, or .yaml for a sweep"
-    )
-    parser.add_argument("--pipeline", metavar="DIR|ID", help="folder of a diffusers pipeline, or a hub id")
-    parser.add_argument(
-        "--policy",
-        default="balanced",
-        metavar="NAME|FILE",
-        help="of items that give none; 'none' is the plain pipeline (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; what it has already is not made again")
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of manifests, and end")
-    which = parser.add_argument_group("which items")
-    which.add_argument("--resume", action="store_true", default=True, help="make what is not made yet (always so)")
-    which.add_argument("--retry-failed", action="store_true", help="also make again what failed before (default: no)")
-    which.add_argument("--overwrite", action="store_true", help="make all again (default: no)")
-    which.add_argument("--max-failures", type=_count, metavar="N", help="stop after N failed items (default: never)")
-    which.add_argument("--shard", metavar="I/N", default="0/1", help="part I of N, from 0 (default: %(default)s, all)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="base of the seeds of items without (default: 0)")
-    how.add_argument("--steps", type=_count, help="num_inference_steps of items without (default: the pipeline's)")
-    how.add_argument("--batch-size", type=_count, default=1, metavar="N", help="most items of a call (default: 1)")
-    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    how.add_argument("--threads", type=_count, metavar="N", help="torch threads of each worker (default: torch's)")
-    how.add_argument("--fps", type=float, default=16, help="of videos (default: %(default)s)")
-    how.add_argument("--fidelity", action="store_true", help="also make each item plainly, and measure how far it is")
-    where = parser.add_argument_group("where")
-    where.add_argument("--workers", type=_count, default=1, metavar="N", help="processes, or Ray actors (default: 1)")
-    where.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="use a Ray cluster; without an address, one that is started on this machine (default: no Ray)",
-    )
-    says = parser.add_argument_group("what is said")
-    says.add_argument("--dry-run", action="store_true", help="check all, estimate time and disk from one item, and end")
-    says.add_argument("--log-json", action="store_true", help="print one JSON object a line instead of text")
-    says.add_argument("--no-sheet", action="store_true", help="write no contact-sheet.html (default: write it)")
 
 
 def run(arguments: argparse.Namespace, call_arguments: Mapping[str, Any]) -> int:
@@ -129,11 +91,12 @@ def exit_code(report: Report) -> int:
 
 
 def launched_part(shard: tuple[int, int], environment: Mapping[str, str]) -> tuple[int, int]:
-    """The part of this process, where `accelerate launch` or `torchrun` started several of them."""
-    rank, world = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        return shard
-    return shard[0] * int(world) + int(rank), shard[1] * int(world)
+    """The part of this process, where `accelerate launch`, `torchrun` or an MPI started several of them."""
+    for rank_name, world_name in _LAUNCHERS:
+        rank, world = environment.get(rank_name, ""), environment.get(world_name, "")
+        if rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
+            return shard[0] * int(world) + int(rank), shard[1] * int(world)
+    return shard
 
 
 def _dry_run(request: Request, arguments: argparse.Namespace) -> int:
@@ -145,18 +108,11 @@ def _dry_run(request: Request, arguments: argparse.Namespace) -> int:
         from dit_accel.render.probe import estimate
 
         place = next(path for path in (request.out, *request.out.parents) if path.exists())
-        found = estimate(request.settings, plan.todo, arguments.workers, shutil.disk_usage(place).free)
+        found = estimate(request.settings, plan.todo, arguments.workers or 1, shutil.disk_usage(place).free)
         facts |= {"estimate": found.to_dict()}
         text += "\n" + found.text()
     print(json.dumps({"event": "dry-run"} | facts) if arguments.log_json else text)
     return OK
-
-
-def _count(word: str) -> int:
-    number = int(word) if word.isdecimal() and len(word) < 10 else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not allowed; give an integer of at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.policy import Policy
+from dit_accel.policy import Policy, as_policy
 from dit_accel.render.fields import checked, refuse_unknown
 from dit_accel.render.grouping import batches_of
 from dit_accel.render.item import Item
@@ -95,6 +95,8 @@ def prepare(
         signature = Signature(name, None)
     shared = RenderSettings(name, os.path.abspath(out), **settings)
     given = policy.to_dict() if isinstance(policy, Policy) else policy
+    if given is not None:
+        as_policy(given)  # so that what is wrong with it is not told of the first item
     common = shared.common | {"pipeline": identity}
     defaults = checked(arguments or {}, "arguments of all items")
     if signature.names is not None:
@@ -110,7 +112,7 @@ def render(
     out: str | os.PathLike[str],
     policy: Policy | str | Mapping[str, Any] | None = "balanced",
     *,
-    workers: int = 1,
+    workers: int | None = None,
     ray: str | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
@@ -149,7 +151,7 @@ def render(
 def execute(
     request: Request,
     *,
-    workers: int,
+    workers: int | None,
     ray: str | None,
     overwrite: bool,
     retry_failed: bool,
@@ -160,13 +162,14 @@ def execute(
 ) -> Report:
     """`render`, for a request that was prepared."""
     started, out = time.monotonic(), request.out
-    if request.pipe is not None and (workers > 1 or ray is not None):
+    workers = workers if ray is not None else workers or 1
+    if request.pipe is not None and (workers != 1 or ray is not None):
         raise DitAccelError("Workers load the pipeline themselves; give its folder or hub id instead of the object.")
     lock = FolderLock(out, request.shard)
     try:
         if request.shard[1] == 1:
             wait_for_workers(out)
-            _clean(out)
+            _clean(out, request.worker)
         history = History.read(out)
         plan = request.plan(history, overwrite, retry_failed)
         settings = replace(request.settings, run=history.runs + 1)
@@ -175,7 +178,9 @@ def execute(
         if plan.todo or plan.adopted or plan.forgotten:
             ledger = Ledger(out, request.worker)
             try:
-                ledger.append(Entry(item.id, FORGOTTEN, settings.run, item.fingerprint) for item in plan.forgotten)
+                forgotten = {item.id: Entry(item.id, FORGOTTEN, settings.run) for item in plan.forgotten}
+                ledger.append(forgotten.values())
+                entries |= forgotten
                 ledger.append(plan.adopted)
                 entries |= {entry.id: entry for entry in plan.adopted}
                 for entry in _made(request, settings, plan, history, ledger, workers, ray, stop, progress):
@@ -186,6 +191,7 @@ def execute(
                         stop.ask()
             finally:
                 ledger.close()
+                _clean(out, request.worker)
         stopped = ""
         if stop.by_signal:
             stopped = "Interrupted; no file is half-written. Run the same command to go on."
@@ -217,7 +223,7 @@ def _made(
     plan: Plan,
     history: History,
     ledger: Ledger,
-    workers: int,
+    workers: int | None,
     ray: str | None,
     stop: Stop,
     progress: Progress,
@@ -235,8 +241,8 @@ def _made(
         from dit_accel.render.ray_workers import RayWorkers
 
         job = _job(settings, plan)
-        results = RayWorkers(job, ledger, ray, workers if workers > 1 else None, prefix).run(batches, attempts, stop)
-    elif workers > 1:
+        results = RayWorkers(job, ledger, ray, workers, prefix).run(batches, attempts, stop)
+    elif workers is not None and workers > 1:
         from dit_accel.render.processes import LocalWorkers
 
         results = LocalWorkers(_job(settings, plan), ledger, workers, prefix).run(batches, attempts, stop)
@@ -266,22 +272,19 @@ def _here(
     from dit_accel.render.storage import temporary_folder
     from dit_accel.render.writer import Writer
 
-    temporary = temporary_folder(request.out, request.worker)
-    try:
-        with Renderer(settings, request.worker, request.pipe) as renderer:
-            renderer.check([item for batch in batches for item in batch])
-            writer = Writer(settings, temporary, request.worker)
-            for batch in batches:
-                yield from renderer.rendered(batch, ledger, writer, attempts)
-                if stop.asked:
-                    return
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with Renderer(settings, request.worker, request.pipe) as renderer:
+        renderer.check([item for batch in batches for item in batch])
+        writer = Writer(settings, temporary_folder(request.out, request.worker), request.worker)
+        for batch in batches:
+            if stop.asked:
+                return
+            yield from renderer.rendered(batch, ledger, writer, attempts)
 
 
-def _clean(out: Path) -> None:
-    """Remove what killed workers left unfinished; nobody else is at work here."""
-    for path in ours(out).glob("unfinished-*"):
+def _clean(out: Path, worker: str) -> None:
+    """Remove what killed workers left unfinished. worker: of this process; "main" when nobody else is at work here."""
+    patterns = ["unfinished-*"] if worker == "main" else [f"unfinished-{worker}", f"unfinished-{worker}-*"]
+    for path in (path for pattern in patterns for path in ours(out).glob(pattern)):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -111,8 +111,7 @@ class Ledger:
         self.worker = worker
         with storing(self.path):
             self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            size = os.fstat(self._handle).st_size
-            if size and os.pread(self._handle, 1, size - 1) != b"\n":
+            if _last_byte(self.path) not in (b"", b"\n"):
                 os.write(self._handle, b"\n")  # so that a torn last line does not tear the next
             os.fsync(self._handle)
         sync_folder(self.path.parent)
@@ -135,6 +134,12 @@ class Ledger:
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def _last_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read()
 
 
 def _compact(entry: Entry, worker: str) -> dict[str, Any]:

@@ -56,12 +56,11 @@ class FolderLock:
         until = time.monotonic() + _PATIENCE
         while True:
             if self._try(path, exclusive=True):
-                os.ftruncate(self._handles[-1], 0)
-                os.pwrite(self._handles[-1], _holder(count), 0)
+                self._sign(count)
                 self._share()
                 return
             if self._try(path, exclusive=False):
-                text = os.pread(self._handles[-1], 4096, 0)
+                text = os.read(self._handles[-1], 4096)
                 if f'"parts": {count},'.encode() in text:
                     return
                 raise LockedError(
@@ -78,8 +77,7 @@ class FolderLock:
             if time.monotonic() > until:
                 raise self._refusal(path, what)
             time.sleep(0.05)
-        os.ftruncate(self._handles[-1], 0)
-        os.pwrite(self._handles[-1], _holder(1), 0)
+        self._sign(1)
 
     def _refusal(self, path: Path, what: str) -> LockedError:
         with storing(path):
@@ -97,6 +95,11 @@ class FolderLock:
             return True
         os.close(handle)
         return False
+
+    def _sign(self, count: int) -> None:
+        """Write down who holds the lock that was just taken; only for messages."""
+        os.ftruncate(self._handles[-1], 0)
+        os.write(self._handles[-1], _holder(count))
 
     def _share(self) -> None:
         if fcntl is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -105,13 +106,16 @@ class LocalWorkers:
             processes = list(self._processes.values())
         for process in processes:
             if process.stdin is not None:
-                process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
         for process in processes:
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
     def _serve(
         self, name: str, backlog: Backlog, attempts: Mapping[str, int], results: queue.Queue, stop: Stop
@@ -153,17 +157,15 @@ class LocalWorkers:
     def _ask(self, name: str, request: Mapping[str, Any]) -> list[Entry] | None:
         """What a worker answers; `None` where it died."""
         process = self._processes.get(name)
-        try:
-            if process is None or process.poll() is not None:
-                process = self._start(name)
-                if process is None or self._answer(process) is None:
-                    return None
-            assert process.stdin is not None
+        if process is None or process.poll() is not None:
+            process = self._start(name)
+            if process is None or self._answer(process) is None:
+                return None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it died, or `end` has closed its input
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            answer = self._answer(process)
-        except (BrokenPipeError, ValueError):  # it died, or `end` has closed its input
-            return None
+        answer = self._answer(process)
         return None if answer is None else [Entry(**entry) for entry in answer["entries"]]
 
     def _start(self, name: str) -> subprocess.Popen[str] | None:

@@ -36,6 +36,8 @@ class Progress:
         """Say what became of an item."""
         if self._started is None:
             self._started = time.monotonic() - entry.seconds * entry.batch
+            if self._bar is not None:  # it counts from when the pipeline was still being loaded
+                self._bar.start_t = self._bar.last_print_t = time.time() - entry.seconds * entry.batch
         self.made += entry.state == DONE
         self.failed += entry.state != DONE
         if self.log_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,8 @@ class Renderer:
         Raises ManifestError, PolicyError, UnsupportedModelError.
         """
         video = hasattr(self.pipe, "video_processor")
+        if video:
+            importlib.import_module("av")  # missing is better known now than when the first is made
         policies = {canonical(item.policy): item for item in items}
         known = {key: self._checked_policy(item) for key, item in policies.items()}
         for item in items:
@@ -94,6 +97,11 @@ class Renderer:
             raise PolicyError(
                 f"{item.place}: the policy {item.policy_name!r} measures in its first run, so pictures would depend on "
                 "their order; save what Session.calibrated() gives after one run, and render with that file."
+            )
+        if policy.weights is not None and policy.weights.is_calibrated:
+            raise PolicyError(
+                f"{item.place}: the policy {item.policy_name!r} calibrates its weights, so each worker would do it "
+                "anew; store the pipeline once with `dit-accel quantize`, and render that folder."
             )
         if policy.weights is not None:
             session.check()  # putting it on takes too long to do it twice
@@ -184,7 +192,7 @@ class Renderer:
             self.session.remove()
             self.session, self._policy = None, ""
         if item is not None and item.policy is not None:
-            self.session = apply(self.pipe, Policy.from_dict(item.policy), arguments=self.caller.arguments or None)
+            self.session = apply(self.pipe, Policy.from_dict(item.policy))
             self._policy = key
 
 

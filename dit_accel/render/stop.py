@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -47,4 +47,5 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = self.by_signal = True
         word = "Ctrl-C" if number == signal.SIGINT else "the signal"
-        print(f"dit-accel: Stopping once the present item is finished; {word} again stops at once.", file=sys.stderr)
+        sentence = f"\ndit-accel: Stopping once the present item is finished; {word} again stops at once.\n"
+        os.write(2, sentence.encode())  # a print may have been interrupted, and cannot be entered twice

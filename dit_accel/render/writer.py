@@ -27,7 +27,7 @@ from dit_accel.render.batching import Rendered
 from dit_accel.render.item import Item
 from dit_accel.render.ledger import DONE, Entry
 from dit_accel.render.settings import RenderSettings
-from dit_accel.render.storage import StorageError, place_of, put, storing, sync_folder
+from dit_accel.render.storage import place_of, put, storing, sync_folder
 from dit_accel.video import VideoError, rgb, write_mp4
 
 _LONGEST_PARAMETERS = 2000  # characters of other arguments in a picture's text for people
@@ -177,7 +177,9 @@ def _add_comment(path: Path, comment: str) -> None:
             whole = written.streams.video[0].frames == packets and written.metadata.get("comment") == comment
     except av.FFmpegError as error:
         target.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({error.strerror}), so the render stopped.") from error
+        if isinstance(error, OSError):  # a full disk, for one
+            raise
+        raise VideoError(f"{path.name} did not come out whole ({error.strerror}).") from error
     if not whole:
         target.unlink(missing_ok=True)
         raise VideoError(f"{path.name} did not come out whole; try again, or report it.")

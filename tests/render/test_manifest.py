@@ -168,7 +168,8 @@ def test_a_malformed_manifest_loads_no_framework(tmp_path: Path) -> None:
     jobs.write_text('{"prompt": "a", "heigth": 32}')
     program = (
         "import sys, time; start = time.perf_counter(); from dit_accel.cli import main; code = main(sys.argv[1:]); "
-        "print([n for n in ('torch', 'numpy', 'diffusers', 'PIL') if n in sys.modules], code, time.perf_counter() - start)"
+        "print([name for name in ('torch', 'numpy', 'diffusers', 'PIL') if name in sys.modules], code, "
+        "time.perf_counter() - start)"
     )
     words = ["render", str(jobs), "--pipeline", str(FLUX), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -185,6 +186,8 @@ def test_a_missing_manifest_and_a_missing_pipeline(tmp_path: Path, capfd: pytest
     for pipeline, words in ((tmp_path / "absent", "no folder"), (tmp_path, "no pipeline")):
         assert main(["render", str(tmp_path / "x.csv"), "--pipeline", str(pipeline), "--out", str(tmp_path / "o")]) == 2
         assert words in capfd.readouterr().err
+    words = ["render", str(tmp_path / "x.csv"), "--pipeline", str(FLUX), "--out", str(tmp_path / "o"), "--policy", "x"]
+    assert main(words) == 2 and "dit-accel: There is no policy named 'x'" in capfd.readouterr().err
     assert main(["render"]) == 2 and "JOBS and --pipeline and --out" in capfd.readouterr().err
 
 
@@ -229,8 +232,13 @@ def test_ids_and_seeds_depend_on_the_item_alone() -> None:
 
 
 def test_files_are_named_after_prompts_and_ids() -> None:
-    text = '{"prompt": "Ä red  CAT / ../etc"}\n{"prompt": "x", "id": "one"}\n{"prompt": "猫"}\n{"prompt": "y", "id": "nul"}'
-    first, second, third, fourth = parse_manifest(text, ".jsonl", "jobs")
+    rows = [
+        {"prompt": "Ä red  CAT / ../etc"},
+        {"prompt": "x", "id": "one"},
+        {"prompt": "猫"},
+        {"prompt": "y", "id": "nul"},
+    ]
+    first, second, third, fourth = parse_manifest("\n".join(map(json.dumps, rows)), ".jsonl", "jobs")
     assert first.stem == f"a-red-cat-etc-{first.id}" and second.stem == "one"
     assert third.stem == third.id and fourth.stem == "nul_"
 
