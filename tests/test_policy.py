@@ -113,7 +113,8 @@ def test_a_whole_field_is_replaced_and_then_overridden() -> None:
         (
             "exact",
             {"threshold": 0.1},
-            "no setting 'threshold'; did you mean 'resolution'? allowed: attention, cache, forecast, resolution, weights.",
+            "no setting 'threshold'; did you mean 'resolution'? allowed: attention, cache, forecast, resolution, "
+            "weights.",
         ),
         ("balanced", {"threshold": "high"}, "give float or null"),
         ("balanced", {"cache": None}, "without Policy.cache"),

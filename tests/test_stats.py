@@ -118,6 +118,7 @@ def test_numbers_that_json_cannot_hold_become_null(value: float) -> None:
 def report(stats: Stats, policy: Policy | None = None, refusal: str | None = None, **target: Any) -> str:
     attached = SimpleNamespace(refusal=refusal)
     session = SimpleNamespace(
+        quantized={},
         target=SimpleNamespace(**target),
         stats=stats,
         policy=policy or Policy(BlockCache(threshold=0.1)),

@@ -15,8 +15,8 @@ from torch import Tensor
 from dit_accel.bench import load_memory
 from dit_accel.weights import codebook
 
-SIZE = ["--double", "2", "--single", "2", "--heads", "4", "--dtype", "float32"]
-BESIDE = 24.0  # MiB for code that is paged in and for what torch and diffusers allocate once
+SIZE = ["--double", "2", "--single", "2", "--heads", "8", "--dtype", "float32"]
+BESIDE = 64.0  # MiB for code that is paged in, and what torch, diffusers and the heap hold once: 35 to 50 as measured
 
 
 def nearest(vectors: Tensor, *_: Any) -> Tensor:

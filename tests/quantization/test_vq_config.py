@@ -167,5 +167,5 @@ def test_a_module_of_somebody_else_is_not_marked() -> None:
 
 
 def test_policies_and_configs_have_the_same_settings() -> None:
-    ours = {field.name for field in dataclasses.fields(VectorQuant)} - {"dense", "calibrate", "keep"}
+    ours = {field.name for field in dataclasses.fields(VectorQuant)} - {"dense", "calibrate", "keep", "mean_bits"}
     assert ours == set(VQConfig().to_dict()) - {"quant_method", "format_version", "layers", "modules_to_not_convert"}
