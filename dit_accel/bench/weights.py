@@ -150,8 +150,9 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 self.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
                 size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        stored = sum(format.nbytes() for format in formats.values())
-        count = sum(format.shape[0] * format.shape[1] for format in formats.values())
+        linear = [format for format in formats.values() if format.kind == "linear"]  # as for the rivals
+        stored = sum(format.nbytes() for format in linear)
+        count = sum(format.shape[0] * format.shape[1] for format in linear)
         counted = {"bits_per_weight": 8 * stored / count, "layer_bytes": stored, "file_bytes": size}
         return self._row(name, weights, dense, made, seconds, counted)
 

@@ -36,10 +36,11 @@ def allocate(
 ) -> dict[str, LayerFormat]:
     """Formats of 2, 3 or 4 bits whose bytes are at most `settings.mean_bits` a weight; the layers stay as they are.
 
+    Tables of embeddings are not counted, and keep theirs.
     Raises PolicyError where even the fewest bits take more.
     """
     assert settings.mean_bits is not None
-    fewest = {name: _at(made, SIZES[2]) for name, made in formats.items()}
+    fewest = {name: _at(made, SIZES[2]) for name, made in formats.items() if made.kind == "linear"}
     weights = sum(made.shape[0] * made.shape[1] for made in fewest.values())
     budget = settings.mean_bits * weights / 8 - sum(made.nbytes() for made in fewest.values())
     if budget < 0:
@@ -49,7 +50,7 @@ def allocate(
             "here; give more."
         )
     worth = _worth(model, fewest, _spread(model, calls), settings, progress)
-    return spend(fewest, worth, budget)
+    return dict(formats) | spend(fewest, worth, budget)
 
 
 def spend(formats: Mapping[str, LayerFormat], worth: Mapping[str, float], budget: float) -> dict[str, LayerFormat]:

@@ -59,6 +59,8 @@ def _format(name: str, layer: nn.Module, settings: VectorQuant) -> LayerFormat |
         return None
     small = is_modulation(name)
     size = settings.size if settings.size and not small else SIZES[settings.modulation_bits if small else settings.bits]
+    if kind == "embedding":
+        size = SIZES[max(SIZES)]  # no calibration sees more than a few of its rows, and each is all of a call's class
     source = "own" if settings.codebook == "layer" else "shared"
     if settings.codebook == "universal" and size not in UNIVERSAL:
         raise PolicyError(f"There is no universal codebook {size}; give a codebook of 'model' or 'layer', or no size.")

@@ -31,8 +31,8 @@ def manifest(path: Path, count: int, **fields: Any) -> Path:
 
 
 def pictures(out: Path) -> dict[str, bytes]:
-    """All pictures and videos below a folder."""
-    files = [path for path in out.rglob("*") if path.suffix in (".png", ".mp4")]
+    """All pictures and videos below a folder, those aside that are being written."""
+    files = [path for path in out.rglob("*") if path.suffix in (".png", ".mp4") and OURS not in path.parts]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 

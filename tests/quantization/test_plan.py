@@ -120,6 +120,14 @@ def test_ordinary_layers_are_not_modulation(name: str) -> None:
     assert not is_modulation(name)
 
 
+def test_tables_of_embeddings_get_four_bits() -> None:
+    model = Model()
+    for block in model.blocks:
+        block.table = nn.Embedding(100, 32)
+    made = plan(model, VectorQuant(smallest=0, modulation_bits=2))["blocks.0.table"]
+    assert made == LayerFormat((100, 32), "256x2", "shared", 32, 0, False, "embedding")
+
+
 def test_bytes_are_known_before_anything_is_quantised() -> None:
     layer = nn.Linear(96, 40)
     for size, rank in (("256x4", 0), ("64x2", 3), ("256x2", 0), ("256x4+256x4", 2), ("16x4", 0)):
