@@ -56,10 +56,9 @@ def _weight_lines(session: Session) -> list[str]:
     """How the weights are stored, what that saves, and where the dense ones are."""
     settings, lines = session.policy.weights, []
     for name, made in session.quantized.items():
-        before, after = made.dense_bytes + made.rest_bytes, made.coded_bytes + made.rest_bytes
         lines.append(
             f"Weights of {name}: {_count(len(made.formats), 'layer')} at {made.bits_per_weight:.2f} bits a weight, "
-            f"{before / 2**20:.2f} -> {after / 2**20:.2f} MiB ({made.ratio:.1f} times smaller)"
+            f"{made.before / 2**20:.2f} -> {made.after / 2**20:.2f} MiB ({made.ratio:.1f} times smaller)"
         )
     if lines and settings is not None:
         where = "the memory of the CPU" if settings.keep == "memory" else "files"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from dit_accel.attention.recall import recall
 from dit_accel.attention.route import AttentionEvent
 from dit_accel.attention.search import sorted_bias, sorted_by
 from dit_accel.bench.measure import Workload, load_workload
-from dit_accel.bench.results import read_sheet, sheet, versions
+from dit_accel.bench.results import png_of, read_sheet, sheet, versions
 from dit_accel.bench.tables import read_off
 from dit_accel.files import write_atomically
 from dit_accel.quality import psnr, summarize
@@ -291,11 +290,7 @@ def plot(rows: Sequence[Row]) -> bytes:
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
+    return png_of(figure)
 
 
 if __name__ == "__main__":

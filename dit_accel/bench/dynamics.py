@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import time
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dit_accel.bench.measure import Workload, carrier, load_workload, tensors
-from dit_accel.bench.results import versions
+from dit_accel.bench.results import png_of, versions
 from dit_accel.cache.indicator import relative_l1
 from dit_accel.denoiser.find import find_block_lists, find_denoisers
 from dit_accel.errors import UnsupportedModelError
@@ -241,11 +240,7 @@ def plot(name: str, kinds: dict[str, Dynamics]) -> bytes:
         bottom.set(xlabel="step", ylabel="relative L1 change", yscale="log")
         bottom.grid(alpha=0.3)
         bottom.legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=90, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
+    return png_of(figure, dpi=90)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,16 +66,24 @@ def plot(results: Sequence[Result]) -> bytes:
     axes.set(xlim=(0.1, 0.8), xlabel="share of block work", ylabel="PSNR in dB against full steps (x: worst image)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
+    return png_of(figure)
+
+
+def png_of(figure: Any, dpi: int = 110) -> bytes:
+    """A finished figure as PNG; closes it."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    figure.savefig(buffer, dpi=dpi, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
 
-def versions() -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+    """Of what the benches rest on, and of these packages too, where they are installed."""
     found = {}
-    for package in ("torch", "diffusers", "transformers", "cache-dit", "dit-accel"):
+    for package in ("torch", "diffusers", "transformers", "cache-dit", "dit-accel", *packages):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

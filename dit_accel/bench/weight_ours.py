@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_accel.denoiser.find import find_block_lists, find_denoisers
+from dit_accel.denoiser.find import find_denoisers
 from dit_accel.errors import ArgumentError, UnsupportedModelError
+from dit_accel.quantization.plan import plan
 from dit_accel.weights.codebook import universal
 from dit_accel.weights.encode import Encoded, data_free, layer_codebook
 from dit_accel.weights.feedback import calibrate
@@ -26,7 +27,6 @@ from dit_accel.weights.vector_quant import Calibrate, VectorQuant
 Quantised = dict[str, tuple[Tensor, int]]
 Method = Callable[[Any, Mapping[str, Tensor]], Quantised]
 BOOKS = {2: "256x4", 3: "64x2", 4: "256x2"}
-FEWEST = 4096  # weights of a layer that is worth quantising
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -38,13 +38,10 @@ def denoiser_of(pipe: Any) -> nn.Module:
 
 
 def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> linear layer, for those in blocks that have at least 4096 weights."""
-    return {
-        f"{path}.{name}": module
-        for path, blocks in find_block_lists(model).items()
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.numel() >= FEWEST
-    }
+    """Path -> linear layer, for those that ours quantises: in blocks, of at least 4096 weights."""
+    planned = plan(model, VectorQuant())
+    layers = {name: model.get_submodule(name) for name, format in planned.items() if format.kind == "linear"}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
 
 def each_layer(function: Callable[[Tensor, Tensor | None], tuple[Tensor, int]]) -> Method:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dit_accel.bench.results import read_sheet, sheet
+from dit_accel.bench.results import png_of, read_sheet, sheet
 from dit_accel.bench.weight_ours import OURS, WHOLE
 from dit_accel.errors import ArgumentError
 from dit_accel.files import write_atomically
@@ -114,17 +111,4 @@ def plot(rows: Sequence[Row]) -> bytes:
     axes.set(xlabel="stored bits a weight", ylabel="PSNR in dB against the dense run (x: worst item)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def rival_versions() -> dict[str, str]:
-    """Of the packages that rivals come from."""
-    found = {}
-    for package in ("torchao", "sdnq", "gguf"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return png_of(figure)

@@ -30,7 +30,7 @@ from dit_accel.bench.captions import draw_captions
 from dit_accel.bench.measure import Workload, load_workload
 from dit_accel.bench.results import versions
 from dit_accel.bench.weight_ours import OURS, WHOLE, Method, Quantised, denoiser_of, each_layer, quantisable
-from dit_accel.bench.weight_results import Row, recorded, rival_versions, write
+from dit_accel.bench.weight_results import Row, recorded, write
 from dit_accel.bench.weight_rivals import RIVALS
 from dit_accel.calls import Made
 from dit_accel.errors import ArgumentError, nearest
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": f"python -m dit_accel.bench.weights {arguments.pipeline} --items {arguments.items} --steps "
         f"{arguments.steps} --guidance {guidance:g} --runs {arguments.runs}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions() | rival_versions(),
+        "versions": versions("torchao", "sdnq", "gguf"),
         "settings": settings,
         "layers": len(bench.layers),
         "left_out": left_out,

@@ -39,10 +39,9 @@ class Outcome:
         """Sizes, errors and fidelity in lines. layers: how many of the worst ones are named."""
         lines = []
         for name, made in self.quantized.items():
-            before, after = made.dense_bytes + made.rest_bytes, made.coded_bytes + made.rest_bytes
             lines.append(
-                f"{name}: {before / 2**20:.2f} MiB -> {after / 2**20:.2f} MiB, {made.ratio:.1f} times smaller; "
-                f"{len(made.formats)} layers at {made.bits_per_weight:.2f} bits a weight, {made.seconds:.0f} s"
+                f"{name}: {made.before / 2**20:.2f} MiB -> {made.after / 2**20:.2f} MiB, {made.ratio:.1f} times "
+                f"smaller; {len(made.formats)} layers at {made.bits_per_weight:.2f} bits a weight, {made.seconds:.0f} s"
             )
             worst = sorted(made.errors, key=made.errors.__getitem__, reverse=True)[:layers]
             mean = sum(made.errors.values()) / len(made.errors)

@@ -54,9 +54,19 @@ class Quantized:
         return 8 * self.coded_bytes / sum(made.shape[0] * made.shape[1] for made in self.formats.values())
 
     @property
+    def before(self) -> int:
+        """Bytes of the dense model."""
+        return self.dense_bytes + self.rest_bytes
+
+    @property
+    def after(self) -> int:
+        """Bytes of the quantised model."""
+        return self.coded_bytes + self.rest_bytes
+
+    @property
     def ratio(self) -> float:
         """How many times smaller the model is."""
-        return (self.dense_bytes + self.rest_bytes) / (self.coded_bytes + self.rest_bytes)
+        return self.before / self.after
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -154,15 +164,14 @@ class _Job:
         self.result.dense_bytes = sum(_bytes_of(layer) for layer in self.layers.values())
         self.result.rest_bytes = whole - self.result.dense_bytes
         books = shared_books(self.layers, self.formats, self.settings)
-        if not self.settings.is_calibrated:
-            holder = self._add_books(books)
-            for name, stored in encode_all(self.layers, self.formats, books, self.settings, self.kept, self.progress):
-                self._install(name, stored, holder)
-        else:
-            found, books = self._calibrated(books, calls)
-            holder = self._add_books(books)
-            for name, stored in found.items():
-                self._install(name, stored, holder)
+        if self.settings.is_calibrated:
+            calibrated, books = self._calibrated(books, calls)
+            found = iter(calibrated.items())
+        else:  # found one by one, as each dense weight may go before the next is looked at
+            found = encode_all(self.layers, self.formats, books, self.settings, self.kept, self.progress)
+        holder = self._add_books(books)
+        for name, stored in found:
+            self._install(name, stored, holder)
         mark_quantised(self.module, self.settings, self.formats)
         self.undo.callback(unmark, self.module)
         return self.result

@@ -14,11 +14,8 @@ import argparse
 import csv
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import BlockMask, block_sparse_attention
+from machine import record
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,35 +165,14 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[int, int, str, int, int]]:
                         yield tokens, dim, dtype, threads, block
 
 
-def cpu_name() -> str:
-    """The processor in words, with its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def write(folder: Path, rows: list[Row], seconds: float) -> None:
     """`rows` as CSV, and as JSON with all that is needed to judge or repeat them."""
     with (folder / "block_sparse_attention.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "load_average": os.getloadavg(),
-        "seconds": round(seconds),
-        "clock": "process CPU time; wall_* are wall clock",
-        "rows": rows,
-    }
-    (folder / "block_sparse_attention.json").write_text(json.dumps(record, indent=1) + "\n")
+    made = record(seconds, "process CPU time; wall_* are wall clock") | {"rows": rows}
+    (folder / "block_sparse_attention.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 def draw(folder: Path, rows: list[Row]) -> None:

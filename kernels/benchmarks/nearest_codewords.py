@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from dit_accel_kernels import nearest_codewords
+from machine import record
 
 CODEBOOKS = ["256x4", "256x2", "64x2", "256x1", "64x3", "16x4", "60x5", "4096x4", "256x8", "4096x8", "256x16"]
 TARGETS = {"256x4": 4.0, "256x2": 4.0, "64x2": 4.0}  # codebook: the least ratio; 2 for every other
@@ -77,35 +75,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """The processor in words, with its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def write(folder: Path, rows: list[Row], seconds: float) -> None:
     """All rows as JSON with what is needed to judge or repeat them, and as a Markdown table."""
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "load_average": os.getloadavg(),
-        "seconds": round(seconds),
-        "clock": "process CPU time, one thread",
-        "rows": rows,
-    }
-    (folder / "nearest_codewords.json").write_text(json.dumps(record, indent=1) + "\n")
-    load = ", ".join(f"{x:.1f}" for x in record["load_average"])
+    made = record(seconds, "process CPU time, one thread") | {"rows": rows}
+    (folder / "nearest_codewords.json").write_text(json.dumps(made, indent=1) + "\n")
+    load = ", ".join(f"{x:.1f}" for x in made["load_average"])
     (folder / "nearest_codewords.md").write_text(
-        f"# nearest_codewords against products and argmin in torch\n\n{record['date']}, `{record['command']}`\n\n"
-        f"{record['cpu']}, torch {torch.__version__}; load average {load}: shared with others.\n\nMillions of float32 "
+        f"# nearest_codewords against products and argmin in torch\n\n{made['date']}, `{made['command']}`\n\n"
+        f"{made['cpu']}, torch {torch.__version__}; load average {load}: shared with others.\n\nMillions of float32 "
         "vectors a second of CPU time, one thread, and the median of paired rounds of torch's time divided by the "
         f"kernel's; above 1 is faster.\n\n{table(rows)}\n"
     )

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import vq_linear
+from machine import record
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,35 +166,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """The processor in words, with its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def write(folder: Path, rows: list[Row], peaks: list[Row], seconds: float) -> None:
     """All rows as JSON with what is needed to judge or repeat them, and as a Markdown table."""
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "load_average": os.getloadavg(),
-        "seconds": round(seconds),
-        "clock": "process CPU time",
-        "rows": rows,
-        "memory": peaks,
-    }
-    (folder / "vq_linear.json").write_text(json.dumps(record, indent=1) + "\n")
-    load = ", ".join(f"{x:.1f}" for x in record["load_average"])
+    made = record(seconds, "process CPU time") | {"rows": rows, "memory": peaks}
+    (folder / "vq_linear.json").write_text(json.dumps(made, indent=1) + "\n")
+    load = ", ".join(f"{x:.1f}" for x in made["load_average"])
     text = (
-        f"# vq_linear against F.linear\n\n{record['date']}, `{record['command']}`\n\n{record['cpu']}, torch "
+        f"# vq_linear against F.linear\n\n{made['date']}, `{made['command']}`\n\n{made['cpu']}, torch "
         f"{torch.__version__}; load average {load}: shared with others.\n\nCPU time of vq_linear divided by that of "
         "the dense layer, median of paired rounds; below 1 is faster. Rotation of x (block 1024) included.\n\n"
         f"{table(rows)}\n"

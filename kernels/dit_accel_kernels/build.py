@@ -65,14 +65,15 @@ def library_path(source: Path = SOURCE) -> Path:
     """The compiled library of `source`; compiles it where the cache has none: 4 to 10 seconds, once a machine."""
     compiler = find_compiler()
     version = call([*compiler, "--version"]).stdout
-    path = cache_folder() / f"{source.stem}-{cache_key(source.read_bytes(), compiler, version)}.so"
+    content = b"\0".join(file.read_bytes() for file in (source, *sorted(SOURCE.parent.glob("*.h"))))
+    path = cache_folder() / f"{source.stem}-{cache_key(content, compiler, version)}.so"
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
             built = Path(folder) / path.name
-            call([*compiler, *FLAGS, str(source), "-o", str(built)])
+            call([*compiler, *FLAGS, f"-I{SOURCE.parent}", str(source), "-o", str(built)])
             os.replace(built, path)  # in one step: two processes that compile at once both end with a whole file
     except OSError as error:
         raise KernelUnavailableError(f"the cache folder {path.parent} cannot be written ({error})") from error

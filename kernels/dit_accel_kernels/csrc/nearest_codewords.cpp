@@ -13,11 +13,10 @@
 // The compiler's vector extensions are used instead of intrinsics, so the source builds for any instruction set; only
 // LANES, ROWS and HOLD below depend on it, and `first_equal`, which has a way of its own with AVX.
 
-#include <atomic>
 #include <cstdint>
-#include <exception>
-#include <thread>
-#include <vector>
+
+#include "share.h"
+
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -269,24 +268,6 @@ void run_some(const Arguments& a, const float* table, bool tame, int64_t first, 
         case 8: return run_panels<8>(a, table, tame, first, last, panel);
         default: return run_panels<0>(a, table, tame, first, last, panel);
     }
-}
-
-// work(worker, i) for i in [0, count), handed out one by one.
-template <typename Work>
-void share(int64_t threads, int64_t count, const Work& work) {
-    std::atomic<int64_t> next{0};
-    auto take = [&](int64_t worker) {
-        int64_t i;
-        while ((i = next++) < count) work(worker, i);
-    };
-    std::vector<std::thread> helpers;
-    try {
-        for (int64_t worker = 1; worker < least(threads, count); ++worker) helpers.emplace_back(take, worker);
-    } catch (const std::exception&) {
-        // The system gives no more threads: go on with those that were started.
-    }
-    take(0);
-    for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace

@@ -11,15 +11,15 @@
 // instead of intrinsics, so the source builds for any instruction set; only LANES and ROWS below depend on it, and two
 // places for few tokens that have a way of their own with AVX and BMI2.
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <utility>
-#include <vector>
+
+#include "half.h"
+#include "share.h"
+
 #if defined(__AVX__) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
@@ -80,46 +80,6 @@ struct Arguments {
 };
 
 namespace {
-
-// ---- number formats --------------------------------------------------------------------------------------------
-
-struct BFloat16 { uint16_t raw; };
-struct Float16 { uint16_t raw; };
-
-inline uint32_t raw_bits(float x) {
-    uint32_t raw;
-    std::memcpy(&raw, &x, 4);
-    return raw;
-}
-inline float from_bits(uint32_t raw) {
-    float x;
-    std::memcpy(&x, &raw, 4);
-    return x;
-}
-
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return from_bits(uint32_t(x.raw) << 16); }
-inline float widen(Float16 x) {
-    float magnitude = from_bits(uint32_t(x.raw & 0x7fff) << 13) * 0x1p112f;  // moves the exponent, subnormals too
-    uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;             // infinity and NaN
-    return from_bits(raw_bits(magnitude) | special | uint32_t(x.raw & 0x8000) << 16);
-}
-
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, BFloat16& to) {
-    uint32_t raw = raw_bits(x);
-    uint32_t rounded = (raw + 0x7fff + (raw >> 16 & 1)) >> 16;  // to nearest, ties to even
-    to.raw = uint16_t(x != x ? 0x7fc0 : rounded);
-}
-inline void narrow(float x, Float16& to) {
-    float magnitude = std::fabs(x);
-    uint32_t raw = raw_bits(magnitude);
-    uint32_t normal = (raw - (112u << 23) + 0xfff + (raw >> 13 & 1)) >> 13;
-    uint32_t subnormal = raw_bits(magnitude + 0.5f) - raw_bits(0.5f);  // the sum rounds at 2^-24
-    uint32_t result = magnitude < 0x1p-14f ? subnormal : normal;
-    result = magnitude < 65536.0f ? result : magnitude != magnitude ? 0x7e00u : 0x7c00u;
-    to.raw = uint16_t(result | (raw_bits(x) >> 16 & 0x8000));
-}
 
 // ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -363,24 +323,6 @@ inline float dot(const float* a, const float* b, int64_t count) {
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------
-
-// work(worker, i) for i in [0, count), handed out one by one.
-template <typename Work>
-void share(int64_t threads, int64_t count, const Work& work) {
-    std::atomic<int64_t> next{0};
-    auto take = [&](int64_t worker) {
-        int64_t i;
-        while ((i = next++) < count) work(worker, i);
-    };
-    std::vector<std::thread> helpers;
-    try {
-        for (int64_t worker = 1; worker < least(threads, count); ++worker) helpers.emplace_back(take, worker);
-    } catch (const std::exception&) {
-        // The system gives no more threads: go on with those that were started.
-    }
-    take(0);
-    for (std::thread& helper : helpers) helper.join();
-}
 
 inline int64_t threads_for(const Arguments& a, int64_t work) {
     const int64_t useful = divide_up(work, THREAD_WORK);
