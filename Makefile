@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo test check bench bench-kernels bench-load-memory evidence clean help
+.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
+	@echo "make studio  a page that shows what is skipped and what it costs, at http://127.0.0.1:7860"
+	@echo "make studio-test  the page in a headless Chromium (apt-get install chromium); screenshots to outputs/studio-shots"
 	@echo "make test    static checks and the test suite"
+	@echo "make test-compat  the tests that meet diffusers' insides, with diffusers 0.38 to 0.42.0 and a newer torch (hours of downloads)"
 	@echo "make render-faults  kill a batch render, a Ray actor and a Ray driver at random moments (minutes)"
 	@echo "make bench-render  overhead, batches and equality of batch renders"
 	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (hours; PIPELINES=tiny-flux for one)"
@@ -18,6 +21,8 @@ help:
 	@echo "make bench-kernels  block-sparse kernels against dense attention, alone and in a model of 16384 tokens (20 minutes)"
 	@echo "make bench-attention-tiny-flux  every rule of block-sparse attention on a shipped pipeline (a quarter of an hour)"
 	@echo "make bench-weights-tiny-flux  every way to store weights in 2 to 4 bits, ours and rivals' (an hour)"
+	@echo "make composition  every mechanism in every circumstance, the slow ones too, and its table (20 minutes)"
+	@echo "make bench-compile  caches and torch.compile together, ours and rivals' (15 minutes)"
 	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
 	@echo "make bench-tiny-sd3  the same on another pipeline (ITEMS=8 pictures; half an hour)"
 
@@ -38,6 +43,18 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python demos/quickstart.py
 
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+STUDIO ?=
+studio: $(VENV)/.installed-demo
+	$(BIN)/python demos/studio.py $(STUDIO)
+
+studio-test: $(VENV)/.installed-test
+	mkdir -p outputs/studio-shots
+	STUDIO_BROWSER=1 STUDIO_SHOTS=outputs/studio-shots $(BIN)/python -m pytest tests/studio/test_browser.py -s
+
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +63,26 @@ check: $(VENV)/.installed-test
 # Two workers of one thread each, whole files at a time, so that what a file's tests share is made once.
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The suite with other versions, each in an environment of its own, one package at a time away from constraints.txt.
+COMPAT ?= diffusers-0.38.0 diffusers-0.39.0 diffusers-0.40.0 diffusers-0.41.0 diffusers-0.42.0 torch-2.15.0
+COMPAT_TESTS ?= tests/test_session.py tests/test_pipelines.py tests/test_calls.py tests/denoiser tests/quantization \
+	tests/attention/test_route.py tests/render/test_render.py
+COMPAT_FREE := transformers|tokenizers|huggingface_hub|hf-xet|triton|setuptools
+test-compat: $(COMPAT:%=.compat/%/.tested)
+
+.compat/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .compat/$*
+	grep -vE "^($(firstword $(subst -, ,$*))|$(COMPAT_FREE))==" constraints.txt > .compat/$*/constraints.txt
+	echo $(subst -,==,$*) >> .compat/$*/constraints.txt
+	.compat/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .compat/$*/constraints.txt -e '.[test]'
+	touch $@
+
+.compat/%/.tested: .compat/%/.installed FORCE
+	.compat/$*/bin/python -m pytest -n 2 --dist loadfile $(COMPAT_TESTS)
+	touch $@
+
+FORCE:
 
 bench: $(VENV)/.installed-bench
 	$(MAKE) bench-tiny-flux ITEMS=32
@@ -68,6 +105,14 @@ bench-weights-%: $(VENV)/.installed-bench
 # Peak memory of a FLUX-wide model that is quantised while it is loaded.
 bench-load-memory: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.load_memory
+
+# Caches and torch.compile together, beside cache-dit and diffusers' caches.
+bench-compile: $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.bench.compile --out docs/results
+
+# Every mechanism in every circumstance; writes docs/results/composition.json and the table in docs/composition.md.
+composition: $(VENV)/.installed-test $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.testing.composition
 
 bench-kernels: $(VENV)/.installed-bench
 	$(BIN)/python kernels/benchmarks/block_sparse_attention.py

@@ -221,6 +221,22 @@ def _tell(trial: int, error: float) -> None:
     print(f"trial {trial + 1}: relative L2 {error:.5f}", file=sys.stderr)
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from dit_accel.studio.launch import Serving, run
+
+    return run(
+        Serving(
+            pipelines=tuple(arguments.pipelines),
+            out=arguments.out,
+            host=arguments.host,
+            port=arguments.port,
+            browser=not arguments.no_browser,
+            share=arguments.share,
+            threads=arguments.threads,
+        )
+    )
+
+
 BENCHES = {
     "quality": "curves",
     "tables": "tables",
@@ -386,6 +402,7 @@ def _parser() -> argparse.ArgumentParser:
     explained.add_argument("--steps", type=_positive, help="number of denoising steps to plan for (default: any)")
     _tune_parser(_command(commands, "tune", "fit a policy to a pipeline, and save it", _tune))
     _quantize_parser(_command(commands, "quantize", "store the weights of a pipeline as codes, and save it", _quantize))
+    _demo_parser(_command(commands, "demo", "serve the studio: a page that shows what is skipped and its cost", _demo))
     bench = _command(commands, "bench", "run a benchmark; `dit-accel bench quality --help` says more", _bench)
     bench.add_argument("bench", choices=BENCHES, help="which")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments, a pipeline folder first")
@@ -488,6 +505,18 @@ def _tune_parser(parser: argparse.ArgumentParser) -> None:
     _prompt_options(parser)
     _call_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the policy, .json or .yaml")
+
+
+def _demo_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipelines", type=Path, nargs="+", default=[], metavar="DIR", help="that may be chosen (default: the shipped)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/studio"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine)")
+    parser.add_argument("--port", type=_positive, metavar="N", help="default: the first free one from 7860 on")
+    parser.add_argument("--no-browser", action="store_true", help="do not open one (default: open it)")
+    parser.add_argument("--share", action="store_true", help="also a public link of Gradio's; needs a password")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
 
 
 def _prompt_options(parser: argparse.ArgumentParser) -> None:

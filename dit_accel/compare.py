@@ -165,9 +165,9 @@ class _Bench:
             prompt,
             seed,
             middle[0],
-            self.seen(prompt, plain, accelerated, _way(plain, accelerated, self.steps, *costs, middle[1])),
-            self.seen(prompt, plain, fewer, _way(plain, fewer, fewest, part, part, middle[2])),
-            self.satisfied(prompt, plain),
+            self.seen(prompt, plain, accelerated, way_of(plain, accelerated, self.steps, *costs, middle[1])),
+            self.seen(prompt, plain, fewer, way_of(plain, fewer, fewest, part, part, middle[2])),
+            caption_seen(self.classifier, prompt, plain),
         )
         level = summarize(psnr(accelerated.frames, plain.frames))
         shown = slice(level.worst_index, level.worst_index + 1)
@@ -179,13 +179,7 @@ class _Bench:
         if self.classifier is None:
             return way
         distance = float(feature_distance(made.pictures, plain.pictures, self.classifier).mean())
-        return replace(way, feature_distance=distance, satisfied=self.satisfied(prompt, made))
-
-    def satisfied(self, prompt: str | None, made: Made) -> bool | None:
-        if self.classifier is None or prompt is None or not self.classifier.expected(prompt):
-            return None
-        found = caption_satisfied(made.pictures, [prompt] * len(made.pictures), self.classifier)["all"]
-        return bool(found.satisfied.all())
+        return replace(way, feature_distance=distance, satisfied=caption_seen(self.classifier, prompt, made))
 
     def last_run(self) -> Totals:
         """Totals of the latest accelerated run."""
@@ -225,7 +219,8 @@ def _fewer(steps: int, share: float) -> int:
     return max(1, math.floor(steps * share + 0.5))
 
 
-def _way(plain: Made, made: Made, steps: int, flops: float, blocks: float, seconds: float) -> Way:
+def way_of(plain: Made, made: Made, steps: int, flops: float, blocks: float, seconds: float) -> Way:
+    """A run held against the plain run of the same seed. flops, blocks: shares of the plain run's."""
     similar, distance = None, None
     if min(plain.pictures.shape[-2:]) >= SSIM_WINDOW:
         similar = float(ssim(made.frames, plain.frames).mean())
@@ -234,6 +229,14 @@ def _way(plain: Made, made: Made, steps: int, flops: float, blocks: float, secon
     level = summarize(psnr(made.frames, plain.frames)).mean
     motion = _motion(plain, made) if plain.is_video else None
     return Way(steps, flops, blocks, seconds, level, similar, distance, motion)
+
+
+def caption_seen(classifier: FeatureExtractor | None, prompt: str | None, made: Made) -> bool | None:
+    """Whether the classifier sees all that the prompt says; `None` without one, or where it knows no word of it."""
+    if classifier is None or prompt is None or not classifier.expected(prompt):
+        return None
+    found = caption_satisfied(made.pictures, [prompt] * len(made.pictures), classifier)["all"]
+    return bool(found.satisfied.all())
 
 
 def _share(answers: Sequence[bool | None]) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def is_pipeline(target: Any) -> bool:
 
 def takes_timestep(module: nn.Module) -> bool:
     """True where `forward` is conditioned on a time: what tells a denoiser from an encoder, without class names."""
-    names = inspect.signature(type(module).forward).parameters
+    names = inspect.signature(type(unwrapped(module)).forward).parameters
     return "controlnet_cond" not in names and any("time" in name or name == "t" for name in names)
 
 
@@ -73,9 +75,126 @@ def foreign_attention(module: nn.Module) -> str | None:
     return None
 
 
+def weights_kept_away(module: nn.Module) -> str | None:
+    """Why the weights of a model cannot be replaced by others as they are, and what to do; `None` where they can."""
+    for child in module.modules():
+        hooks = getattr(vars(child).get("_diffusers_hook"), "hooks", {})
+        group = getattr(hooks.get("group_offloading"), "group", None)
+        if getattr(group, "offload_to_disk_path", None) is not None:
+            return "are offloaded to disk, where only what was there at that time is kept; offload to memory instead"
+        if "layerwise_casting" in hooks:
+            return "are under layerwise casting, which would round codebooks and scales as well; leave that out"
+    return None
+
+
+def adapters_in_force(module: nn.Module) -> tuple[Any, ...]:
+    """Which adapters of PEFT act in each layer, and how strongly; () without any."""
+    if not getattr(module, "_hf_peft_config_loaded", False):
+        return ()
+    layers: list[Any] = [child for child in module.modules() if hasattr(child, "merged_adapters")]
+    return tuple(
+        (
+            tuple(layer.active_adapters),
+            bool(layer.disable_adapters),
+            tuple(layer.merged_adapters),
+            tuple((name, float(scale)) for name, scale in layer.scaling.items()),
+        )
+        for layer in layers
+    )
+
+
+@contextlib.contextmanager
+def registered_as_blocks(blocks: Sequence[nn.Module], base: type) -> Iterator[None]:
+    """Let diffusers know these blocks for what their class was: guiders that skip layers look up the exact class."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry as registry
+
+    try:
+        about = registry.get(base)
+    except ValueError:  # of a class that diffusers does not know either
+        yield
+        return
+    wrapped = type(blocks[0])
+    registry.register(wrapped, replace(about))
+    try:
+        yield
+    finally:
+        del registry._registry[wrapped]
+
+
+def context_group(module: nn.Module) -> Any:
+    """The process group whose ranks share the tokens of one sequence (diffusers' context parallelism), or None."""
+    config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(config, "_flattened_mesh", None)
+    return mesh.get_group() if mesh is not None and mesh.size() > 1 else None
+
+
+@contextlib.contextmanager
+def split_ahead(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of a call as context parallelism splits them for this rank; meanwhile its hook lets them be.
+
+    The hook sits inside `__call__` (Wan's first block has one), so that who watches calls from outside would see the
+    whole sequence go in and a part come out.
+    """
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+    splits = [hook.fn_ref for name, hook in hooks.items() if name.startswith("cp_input")]
+    if not splits:
+        yield args, kwargs
+        return
+    kept = [split.pre_forward for split in splits]
+    try:
+        for split in reversed(splits):  # the hook registered last runs first
+            args, kwargs = split.pre_forward(module, *args, **kwargs)
+            split.pre_forward = lambda _, *a, **k: (a, k)
+        yield args, kwargs
+    finally:
+        for split, own in zip(splits, kept):
+            split.pre_forward = own
+
+
+def unwrapped(component: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile(model)` gives; a model itself as it is."""
+    inner = component._modules.get("_orig_mod")
+    return component if inner is None else inner
+
+
 def is_compiled(module: nn.Module) -> bool:
-    """True where this module or one inside it was compiled in place by `module.compile()`."""
-    return any(vars(child).get("_compiled_call_impl") is not None for child in module.modules())
+    """True where this module or one inside it was compiled, in place or by `torch.compile(module)`."""
+    return any(
+        vars(child).get("_compiled_call_impl") is not None or "_orig_mod" in child._modules
+        for child in module.modules()
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model that is compiled as a whole. uncompiled: its call without that; context: compiles other functions in the
+    same way."""
+
+    uncompiled: Callable[..., Any]
+    context: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def like(self, module: nn.Module) -> Callable[..., Any]:
+        """The call of another module, compiled in the same way."""
+        return self.context(module._call_impl)
+
+
+def compiled_whole(component: nn.Module) -> Compiled | None:
+    """How a model is compiled as a whole: by `model.compile()`, or by `torch.compile(model)` around it."""
+    model = unwrapped(component)
+    made = vars(model).get("_compiled_call_impl")
+    if made is not None and hasattr(made, "_torchdynamo_orig_callable"):  # holds what it was compiled with, if any does
+        return Compiled(model._call_impl, inspect.getclosurevars(made).nonlocals.get("self", torch.compile))
+    context = vars(component).get("dynamo_ctx")
+    return None if context is None else Compiled(model._call_impl, context)
+
+
+def graph_counts() -> tuple[int, int]:
+    """Graphs that torch.compile has made in this process since it was reset, and its graph breaks."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def hides_from_counters(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from dit_accel.diffusers_bridge import components_of, foreign_attention, foreign
 from dit_accel.errors import DitAccelError, PolicyError, UnsupportedModelError
 from dit_accel.forecast.corrector import Audit, Corrector, SchedulerStep, adds_noise, attributes_of, bind, restore
 from dit_accel.policy import Policy
-from dit_accel.quantization.quantize import Quantized, quantize
+from dit_accel.quantization.quantize import Quantized, check_at_hand, quantize
 from dit_accel.quantization.quantize import check as check_weights
 from dit_accel.report import report_text
 from dit_accel.stage_plan import why_not
@@ -346,7 +346,11 @@ class Session:
 
     def _check_still_ours(self) -> None:
         """Things that may have changed since `apply`: another cache was put on, a component was exchanged."""
-        modules = {name: attached.module for name, attached in self.denoisers.items()}
+        modules = {name: attached.component for name, attached in self.denoisers.items()}
+        for attached in self.denoisers.values():
+            attached.check_compiled()
+        for name in self.quantized:
+            check_at_hand(name, self.denoisers[name].module)
         foreign = foreign_cache(self.target, modules)
         if foreign is not None:
             raise UnsupportedModelError(f"Another cache was put on after apply: {foreign}.")

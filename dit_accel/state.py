@@ -169,10 +169,9 @@ class RunState:
 
     lanes: one a sample, or one for all; samples: in the batch, `None` while not known; joint: why they are not told
     apart, if they are not; reuses: nothing is forecast, since the scheduler adds noise; leads: what the first branch of
-    a denoiser decided, and at which step; outputs:
-    of the first branch and its step, where others are told by their difference; calls: arguments of the first call of
-    each denoiser, until the samples are known; kept_blocks: what attention calls found, for later steps; grids: of
-    their tokens.
+    a denoiser decided, and at which step; outputs: of the first branch and its step, where others are told by their
+    difference; calls: arguments of the first call of each denoiser, until the samples are known; adapters: that act in
+    each denoiser; kept_blocks: what attention calls found, for later steps; grids: of their tokens.
     """
 
     number: int
@@ -190,6 +189,7 @@ class RunState:
     grids: dict[Any, TokenGrid | None] = field(default_factory=dict)
     outputs: dict[tuple[str, int], tuple[int, list[Any]]] = field(default_factory=dict)
     calls: dict[str, Callable[[int], str | None]] = field(default_factory=dict)
+    adapters: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def split(self, samples: int) -> None:
         """The number of samples is known: give each a lane, unless a denoiser's calls do not let them be told apart."""
@@ -210,6 +210,14 @@ class RunState:
                 lane.restart()
             self.stage = self.clock.stage
         return self.branches.setdefault((denoiser, name), BranchState())
+
+    def forget(self, denoiser: str) -> None:
+        """Drop every feature of a denoiser, which has become another."""
+        for (name, _), state in self.branches.items():
+            if name == denoiser:
+                state.drop()
+        for lane in self.lanes:
+            lane.restart()
 
     def state_bytes(self) -> int:
         """Memory held by features of this run, in bytes."""

@@ -2,7 +2,8 @@
 
 Each attention layer inside the blocks gets a one-off `__call__` (denoiser/subclass.py) that runs it under a torch
 function mode; the mode sees every `scaled_dot_product_attention` of that layer, whoever calls it, and hands it to the
-`Route` of the denoiser call in progress. Which key blocks are kept, and the arithmetic, is attend.py's.
+`Route` of the denoiser call in progress. In a layer that torch.compile compiles it is an operator of compiled.py. Which
+key blocks are kept, and the arithmetic, is attend.py's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import dit_accel_kernels as kernels
 import torch
@@ -24,13 +25,14 @@ from torch.overrides import TorchFunctionMode
 
 from dit_accel.attention.attend import attend
 from dit_accel.attention.block_sparse import BlockSparse
+from dit_accel.attention.compiled import Traced, forget, plain_attention, register
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.layout import layout_of
 from dit_accel.attention.search import Memory, must_search
 from dit_accel.denoiser.clock import StepInfo
 from dit_accel.denoiser.flops import FlopMeter, attention_flops, counting
 from dit_accel.denoiser.layers import is_attention
-from dit_accel.denoiser.subclass import wrap_instance
+from dit_accel.denoiser.subclass import wrap_instances
 from dit_accel.errors import KernelUnavailableError, NonFiniteError
 from dit_accel.stats import LayerAttention
 
@@ -51,6 +53,10 @@ class AttentionCall(NamedTuple):
     def factor(self) -> float:
         """What the scores are multiplied by."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def plain(self) -> Tensor:
+        """Dense attention."""
+        return plain_attention(*self)
 
     def biased(self, bias: Tensor) -> Tensor:
         """Dense attention with a bias added to the scores, broadcast to [B, H, S, S]."""
@@ -87,11 +93,14 @@ class AttentionEvent:
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer of a denoiser. name: its path; depth: place among all of them, from 0 to 1."""
+    """An attention layer of a denoiser. name: its path; depth: place among all of them, from 0 to 1; block: number of
+    the block that it is in; place: its path in that."""
 
     name: str
     module: nn.Module
     depth: float
+    block: int
+    place: str
 
 
 @dataclass
@@ -285,32 +294,66 @@ def attention_layers(blocks: Mapping[str, nn.Module]) -> list[Layer]:
 
     blocks: path -> block.
     """
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, nn.Module, int, str]] = []
 
-    def walk(path: str, module: nn.Module) -> None:
+    def walk(path: str, module: nn.Module, block: int, place: str) -> None:
         if is_attention(module):
-            found.append((path, module))
+            found.append((path, module, block, place))
             return
         for name, child in module.named_children():
-            walk(f"{path}.{name}", child)
+            walk(f"{path}.{name}", child, block, f"{place}.{name}")
 
-    for path, block in blocks.items():
-        walk(path, block)
-    found = found or list(blocks.items())
-    return [Layer(name, module, place / len(found)) for place, (name, module) in enumerate(found)]
+    for number, (path, block) in enumerate(blocks.items()):
+        walk(path, block, number, "")
+    found = found or [(path, block, number, "") for number, (path, block) in enumerate(blocks.items())]
+    return [Layer(name, module, n / len(found), block, place) for n, (name, module, block, place) in enumerate(found)]
 
 
-def attach_layer(layer: Layer, owner: Any, current: Callable[[], Route | None], undo: contextlib.ExitStack) -> None:
-    """Let the calls of one layer pass through the route in force; pushes the inverse on `undo`."""
-    plain = type(layer.module).__call__
+class Here(Protocol):
+    """What the calling thread is in: the way of its attention, the number of the block that is running, and whether the
+    whole model is one compiled graph, in which no block is seen to run."""
+
+    route: Route | None
+    block: int | None
+    in_one_graph: bool
+
+
+def attach_layers(layers: Sequence[Layer], owner: Any, here: Here, undo: contextlib.ExitStack) -> None:
+    """Let the calls of these layers pass through the route in force; pushes the inverses on `undo`."""
+    groups: dict[tuple[type, str], list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault((type(layer.module), layer.place), []).append(layer)
+    for group in groups.values():
+        _attach_alike(group, owner, here, undo)
+
+
+def _attach_alike(layers: Sequence[Layer], owner: Any, here: Here, undo: contextlib.ExitStack) -> None:
+    """The same for layers of one class that stand at the same place in their blocks. One graph serves all such blocks,
+    so that only the block that is running tells, when the graph runs, which of the layers it is."""
+    plain, by_block = type(layers[0].module).__call__, {layer.block: layer for layer in layers}
+    by_module = {id(layer.module): layer for layer in layers}
+
+    def way_of(find: Callable[[], Layer | None]) -> Callable[..., Tensor]:
+        def way(*call: Any) -> Tensor:
+            route, layer, given = here.route, find(), AttentionCall(*call)
+            return given.plain() if route is None or layer is None else route.attention(layer, given.plain, given)
+
+        return way
+
+    shared = register(way_of(lambda: None if here.block is None else by_block.get(here.block)))
+    own = {key: register(way_of(lambda layer=layer: layer)) for key, layer in by_module.items()}
+    for number in (shared, *own.values()):
+        undo.callback(forget, number)
 
     @wraps(plain)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        route = current()
-        if route is None or module is not layer.module:
+        if torch.compiler.is_compiling():
+            with Traced(own[id(module)] if here.in_one_graph else shared):
+                return plain(module, *args, **kwargs)
+        route, layer = here.route, by_module.get(id(module))
+        if route is None or layer is None:
             return plain(module, *args, **kwargs)
         with _Seen(route, layer):
             return plain(module, *args, **kwargs)
 
-    # Compiled code cannot hold the mode: the graph breaks here, and what is inside runs as it is.
-    undo.callback(wrap_instance(layer.module, owner, {"__call__": torch.compiler.disable(call)}))
+    undo.callback(wrap_instances([layer.module for layer in layers], owner, {"__call__": call}))

@@ -109,7 +109,7 @@ OURS: dict[str, Method] = {
 
 def _ours(bits: float) -> VectorQuant:
     """More bits where they matter, shared codebooks of the model's own, feedback, and a tuning of the whole."""
-    calibrate = Calibrate(calls=320, sweeps=1, tuning=350, rate=2e-3)
+    calibrate = Calibrate(calls=320, sweeps=1, tuning=1000, rate=2e-3)
     return VectorQuant(mean_bits=bits, modulation_bits=2, codebook="model", method="feedback", calibrate=calibrate)
 
 

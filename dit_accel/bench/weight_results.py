@@ -41,20 +41,21 @@ class Row:
     seconds: float
 
 
-def recorded(path: Path, settings: Mapping[str, Any]) -> tuple[list[Row], dict[str, str]]:
-    """Rows and what was left out of an earlier record of the same settings; nothing without a record.
+def recorded(path: Path, settings: Mapping[str, Any]) -> tuple[list[Row], dict[str, str], dict[str, Any]]:
+    """Rows of an earlier record of the same settings, what was left out of it, and how long its methods of ours were
+    calibrated; nothing without a record.
 
     path: without ending. Raises ArgumentError where the settings were others.
     """
     if not path.with_suffix(".json").is_file():
-        return [], {}
+        return [], {}, {}
     about = json.loads(path.with_suffix(".json").read_text())
     if about["settings"] != dict(settings):
         raise ArgumentError(
             f"{path}.csv was measured with {about['settings']}, and this run has {dict(settings)}, so their rows "
             "cannot stand side by side; give another --out, or --fresh to measure all again."
         )
-    return read_sheet(path.with_suffix(".csv"), Row), about["left_out"]
+    return read_sheet(path.with_suffix(".csv"), Row), about["left_out"], about["calibration"]
 
 
 def write(rows: Sequence[Row], path: Path, about: Mapping[str, Any], *, chart: bool) -> None:

@@ -219,6 +219,13 @@ def _limited(method: Method | VectorQuant, calls: int | None, tuning: int | None
     return dataclasses.replace(method, calibrate=found)
 
 
+def _calibration(name: str, method: Method | VectorQuant) -> dict[str, Any]:
+    """What a method of ours looked at, and how long it learned."""
+    if not isinstance(method, VectorQuant) or not method.is_calibrated:
+        return {}
+    return {name: {"calls": method.calibrate.calls, "tuning": method.calibrate.tuning}}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="folder of a trained pipeline with prompts.txt and captions.txt")
@@ -251,13 +258,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "guidance": guidance,
         "runs": arguments.runs,
     }
-    settings |= {key: value for key in ("calls", "tuning") if (value := getattr(arguments, key)) is not None}
     try:
-        kept, left_out = recorded(path, settings)
+        kept, left_out, calibration = recorded(path, settings)
     except ArgumentError:
         if not arguments.fresh:
             raise
-        kept, left_out = [], {}
+        kept, left_out, calibration = [], {}, {}
     if arguments.fresh:
         kept = [row for row in kept if row.method not in chosen]
     rows = {row.method: row for row in kept}
@@ -269,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": settings,
         "layers": len(bench.layers),
         "left_out": left_out,
+        "calibration": calibration,
     }
     bar = tqdm([name for name in chosen if name not in rows], disable=None)
     for name in bar:
@@ -281,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.write(f"{name:24s} left out: {left_out[name]}")
         else:
             rows[name] = row
+            calibration |= _calibration(name, known[name])
             quality = f"{row.psnr_mean:5.1f} dB, worst {row.psnr_worst:5.1f}, captions {row.captions:.2f}"
             bar.write(f"{name:24s} {row.bits_per_weight:6.3f} bits  output error {row.output_error:7.3f} %  {quality}")
         write([rows[name] for name in known if name in rows], path, about, chart=False)

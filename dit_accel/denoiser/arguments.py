@@ -18,6 +18,11 @@ def latents_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((v for v in every if isinstance(v, Tensor) and v.is_floating_point() and v.ndim >= 3), None)
 
 
+def is_controlled(kwargs: Mapping[str, Any]) -> bool:
+    """True where a ControlNet hands residuals to the model, by the names of the arguments."""
+    return any("controlnet" in name and value is not None for name, value in kwargs.items())
+
+
 def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module`, by name."""
     names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]

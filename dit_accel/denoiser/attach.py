@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 
-from dit_accel.attention.route import attach_layer
+from dit_accel.attention.route import attach_layers
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.layers import layers_of
 from dit_accel.denoiser.serve import ServedDenoiser, holding
-from dit_accel.denoiser.subclass import wrap_instance
-from dit_accel.diffusers_bridge import is_compiled
+from dit_accel.denoiser.subclass import wrap_instance, wrap_instances
+from dit_accel.diffusers_bridge import is_compiled, registered_as_blocks, split_ahead
 from dit_accel.errors import UnsupportedModelError
 
 
@@ -23,49 +24,63 @@ class AttachedDenoiser(ServedDenoiser):
 
     def attach(self, undo: contextlib.ExitStack) -> None:
         """Wrap the denoiser and every block; each wrap pushes its inverse."""
-        base = type(self.module)
-        attached = self
+        component, attached = self.component, self
+        base = type(component)
 
         @wraps(base.__call__)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module is not attached.module:
+            if module is not component:
                 return base.__call__(module, *args, **kwargs)
             return attached.call(lambda *a, **k: base.__call__(module, *a, **k), args, kwargs)
 
-        methods: dict[str, Callable[..., Any]] = {"__call__": call}
-        if hasattr(base, "cache_context"):
-            methods["cache_context"] = self._context_method(base)
-        undo.callback(wrap_instance(self.module, self.session, methods))
-        for layer in self.attention:  # before the cache's, which then lie around these: what is skipped costs no search
-            attach_layer(layer, self.session, lambda: self.here.route, undo)
-        for number, (block, path) in enumerate(self.blocks):
-            undo.callback(wrap_instance(block, self.session, {"__call__": self._block_call(number, block, path)}))
-            self._attach_layers(block, undo)
+        undo.callback(wrap_instance(component, self.session, {"__call__": call}))
+        if hasattr(type(self.module), "cache_context"):
+            context = self._context_method(type(self.module))
+            undo.callback(wrap_instance(self.module, self.session, {"cache_context": context}))
+        if self.attention:  # before the cache's, which then lie around these: what is skipped costs no search
+            attach_layers(self.attention, self.session, self.here, undo)
+        self.check_compiled()
+        for numbers in _alike((type(block), path) for block, path in self.blocks):
+            blocks = [self.blocks[number][0] for number in numbers]
+            methods = {"__call__": self._block_call(dict(zip(blocks, numbers)))}
+            base = type(blocks[0])
+            undo.callback(wrap_instances(blocks, self.session, methods))
+            undo.enter_context(registered_as_blocks(blocks, base))
+        self._attach_layers(undo)
 
-    def _attach_layers(self, block: nn.Module, undo: contextlib.ExitStack) -> None:
-        """Wrap the layers inside a block, where the policy skips these."""
+    def check_compiled(self) -> None:
+        """Refuse what cannot act in code that was compiled by `torch.compile`."""
         cache = self.session.policy.cache
         if cache is None or not self.session.policy.skips:
             return
         inside = cache.scope.has_layers or cache.signal.of == "modulated"
-        if inside and is_compiled(block):
+        if inside and (self.compiled is not None or any(is_compiled(block) for block, _ in self.blocks)):
             raise UnsupportedModelError(
                 f"Blocks of {self.name} are compiled, so nothing can be decided inside them; compile layers in place "
                 "of the blocks, or give a policy whose unit is 'stack' or 'model' and whose signal is not 'modulated'."
             )
-        if not cache.scope.has_layers:
-            return
-        for name, (layer, kind) in layers_of(block).items():
-            if cache.scope.skips_layer(kind):
-                undo.callback(wrap_instance(layer, self.session, {"__call__": self._layer_call(name, layer, kind)}))
 
-    def _layer_call(self, name: str, layer: nn.Module, kind: str) -> Callable[..., Any]:
-        plain, attached = type(layer).__call__, self
+    def _attach_layers(self, undo: contextlib.ExitStack) -> None:
+        """Wrap the layers inside the blocks, where the policy skips these."""
+        cache = self.session.policy.cache
+        if cache is None or not self.session.policy.skips or not cache.scope.has_layers:
+            return
+        found = [(name, *layer) for block, _ in self.blocks for name, layer in layers_of(block).items()]
+        found = [(name, layer, kind) for name, layer, kind in found if cache.scope.skips_layer(kind)]
+        for numbers in _alike((type(layer), name) for name, layer, _ in found):
+            name, _, kind = found[numbers[0]]
+            layers = [found[number][1] for number in numbers]
+            methods = {"__call__": self._layer_call(name, set(layers), kind)}
+            undo.callback(wrap_instances(layers, self.session, methods))
+
+    def _layer_call(self, name: str, layers: set[nn.Module], kind: str) -> Callable[..., Any]:
+        """name: of the layers in their blocks."""
+        plain, attached = type(next(iter(layers))).__call__, self
 
         @wraps(plain)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             forward = attached.here.forward
-            if forward is None or module is not layer:
+            if forward is None or module not in layers:
                 return plain(module, *args, **kwargs)
             if forward.observer is not None:
                 return forward.observer.layer(name, kind, lambda: plain(module, *args, **kwargs), args, kwargs)
@@ -73,23 +88,40 @@ class AttachedDenoiser(ServedDenoiser):
 
         return call
 
-    def _block_call(self, number: int, block: nn.Module, path: str) -> Callable[..., Any]:
-        base, attached = type(block), self
+    def _block_call(self, numbers: dict[nn.Module, int]) -> Callable[..., Any]:
+        """numbers: of the blocks of one class."""
+        base, attached = type(next(iter(numbers))), self
         plain = base.__call__
 
         @wraps(plain)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            forward = attached.here.forward
-            if forward is None or module is not block:
+            if torch.compiler.is_compiling():  # a model that is compiled as a whole decides outside of itself
+                return plain(module, *args, **kwargs)
+            number, forward = numbers.get(module), attached.here.forward
+            if number is None:
                 return plain(module, *args, **kwargs)
 
-            def run() -> Any:
-                with _watched_norms(module, forward):
-                    return plain(module, *args, **kwargs)
+            if forward is None:
+                return attached.run_block(number, lambda: plain(module, *args, **kwargs), args, kwargs)
+            with split_ahead(module, args, kwargs) as (own, named):
 
-            return forward.block(number, base, path, run, args, kwargs)
+                def run() -> Any:
+                    return attached.run_block(number, lambda: plain(module, *own, **named), own, named)
+
+                return forward.block(number, base, attached.blocks[number][1], run, own, named)
 
         return call
+
+    def run_block(self, number: int, plain: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Run a block: compiled by itself, where the model is compiled as a whole and yet may be skipped in part."""
+        with holding(self.here, "block", number):
+            if self.here.by_block:
+                return self.compiled_block(number)(*args, **kwargs)
+            forward = self.here.forward
+            if forward is None or not forward.waits_for_norm:
+                return plain()
+            with _watched_norms(self.blocks[number][0], forward):
+                return plain()
 
     def _context_method(self, base: type) -> Callable[..., Any]:
         attached, plain = self, base.cache_context  # type: ignore[attr-defined]
@@ -110,12 +142,17 @@ class AttachedDenoiser(ServedDenoiser):
         }
 
 
+def _alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of the items of each kind."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(number)
+    return list(groups.values())
+
+
 @contextlib.contextmanager
 def _watched_norms(block: nn.Module, forward: Forward) -> Iterator[None]:
     """Let the first norm of the first block decide, where it is what the policy looks at."""
-    if not forward.waits_for_norm:
-        yield
-        return
     norms = [child for name, child in block.named_children() if "norm" in name]
     handles = [norm.register_forward_hook(lambda m, a, result: forward.after_norm(result)) for norm in norms]
     try:

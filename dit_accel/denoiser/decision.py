@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.cache.gate import Verdict, after_compute, after_skip, decide
-from dit_accel.cache.indicator import elementwise_change, mean_absolute, relative_l1
+from dit_accel.cache.indicator import elementwise_change, finite_flag
 from dit_accel.cache.methods.magcache import drift
 from dit_accel.cache.methods.seacache import sea_filter
 from dit_accel.cache.ranking import least_similar, recompute_share
@@ -20,6 +20,7 @@ from dit_accel.cache.scope import Range
 from dit_accel.cache.signal import HEAD, PROBE
 from dit_accel.denoiser.contract import Contract, argument
 from dit_accel.denoiser.memory import Memory
+from dit_accel.denoiser.peers import ALONE, Peers
 from dit_accel.errors import NonFiniteError, UnsupportedModelError
 from dit_accel.forecast.predictors import combine, weights_for
 from dit_accel.state import MODEL, VERIFIED, Unit
@@ -32,7 +33,8 @@ class Decision(Memory):
 
     names: of the denoiser's blocks; span: what the step control allows, `None` without one; latent: the model's input,
     grid: how its tokens are laid out; inputs: of the first block, what the probe is a residual to; masks: of single
-    units, from a calibration; led: the first branch's verdict on this step, where it decides for all.
+    units, from a calibration; led: the first branch's verdict on this step, where it decides for all; peers: processes
+    that decide together.
     decision, reason, indicator, forecast_error: for the step record; plan: places that are skipped -> their range.
     """
 
@@ -43,6 +45,7 @@ class Decision(Memory):
     inputs: tuple[Tensor, ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
     led: Verdict | None = None
+    peers: Peers = ALONE
     is_calibrating: bool = False
     verdict: Verdict | None = None
     decision: str = COMPUTE
@@ -139,7 +142,7 @@ class Decision(Memory):
         if verdict.reason == "non-finite anchor":
             self.decision = RECOMPUTE
             state.drop()
-        elif verdict.reason == "non-finite indicator" and self.signal and not all(map(all_finite, self.signal)):
+        elif verdict.reason == "non-finite indicator" and self.signal and not self._all_finite(self.signal):
             self._complain(contract.sequence[contract.probe_end])
         if self.skipping:
             state.gate = after_skip(state.gate, verdict, cache, state.seen, steps)
@@ -159,7 +162,7 @@ class Decision(Memory):
         ranked = list(state.similarities.values())  # read along with the rest, so that nothing waits twice
         trust = [one.holds(self.forecast.confidence or 0.0) for one in state.confidence.values()]
         asked = [*ranked, *trust, *([change] if isinstance(change, Tensor) else [])]
-        known = torch.stack([*flags, *(one.to(flags[0]) for one in asked)]).tolist()
+        known = self.peers.mean(torch.stack([*flags, *(one.to(flags[0]) for one in asked)])).tolist()
         finite, values = known[: len(flags)], known[len(flags) :]
         self.ranks = dict(zip(state.similarities, values))
         self.distrusted = {unit for unit, holds in zip(state.confidence, values[len(ranked) :]) if not holds}
@@ -187,12 +190,14 @@ class Decision(Memory):
         if references is None:
             return None
         if signal.rate:
-            moved = mean_absolute(self.signal[0] - references[0])
+            moved = self.peers.mean_absolute(self.signal[0] - references[0])
             return None if state.rate is None else state.rate * moved
         if cache.reference == "forecast":
-            return relative_l1(references[0], self.signal[0])
-        change = relative_l1(self.signal[0], references[0])
-        return (change - relative_l1(self.signal[1], references[1])).abs() if signal.minus_input else change
+            return self.peers.relative_l1(references[0], self.signal[0])
+        change = self.peers.relative_l1(self.signal[0], references[0])
+        if not signal.minus_input:
+            return change
+        return (change - self.peers.relative_l1(self.signal[1], references[1])).abs()
 
     def _references(self, kind: str) -> tuple[Tensor, ...] | None:
         """What the signal is compared with."""
@@ -280,12 +285,11 @@ class Decision(Memory):
         progress = self.state.seen / (self.state.seen + remaining) if remaining else 0.0
         return contract.ranges(progress)
 
+    def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
+        return bool(torch.isfinite(self.peers.mean(torch.stack([finite_flag((one,)) for one in tensors]))).all())
+
     def _complain(self, block: int) -> None:
         raise NonFiniteError(
             f"Block {self.names[block]} gives NaN or infinity at step {self.info.step} ({self.info.branch}), "
             "recomputed or not; check the inputs of this run, or use a wider dtype such as bfloat16 or float32."
         )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

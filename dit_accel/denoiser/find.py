@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.diffusers_bridge import components_of, is_pipeline, takes_timestep
+from dit_accel.diffusers_bridge import components_of, is_pipeline, takes_timestep, unwrapped
 from dit_accel.errors import UnsupportedModelError
 
 
@@ -44,6 +44,7 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
 def find_block_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
     """Path -> list, for every module list of at least two modules that lies in no other such list."""
     found: dict[str, nn.ModuleList] = {}
+    module = unwrapped(module)
 
     def walk(parent: nn.Module, path: str) -> None:
         for name, child in parent.named_children():

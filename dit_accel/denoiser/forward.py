@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_accel.cache.signal import HEAD, START
 from dit_accel.denoiser.contract import Contract, ContractChanged, outputs_of
-from dit_accel.denoiser.decision import Decision, all_finite
+from dit_accel.denoiser.decision import Decision
 from dit_accel.denoiser.observer import Observer
 from dit_accel.denoiser.whole import rebuilder, tensors_in
 from dit_accel.state import MODEL, Unit
@@ -28,7 +28,8 @@ class Forward(Decision):
     """State of one denoiser call under a block cache.
 
     contract: `None` while unknown; then `observer` writes it. lead: the first branch's output at this step, where this
-    one is told by its difference to that; made: the model's outputs, or what stands in for them; sample: of the batch;
+    one is told by its difference to that; controlled: something outside of the model adds to what goes from block to
+    block; made: the model's outputs, or what stands in for them; sample: of the batch;
     symbols: one a block call, what became of it; position: block calls so far; place: of the block of the stack that
     is running; outputs: of its last block that ran or was skipped; wasted: blocks run in an attempt that left the
     contract.
@@ -36,6 +37,7 @@ class Forward(Decision):
 
     observer: Observer | None = None
     lead: list[Any] | None = None
+    controlled: bool = False
     made: list[Any] = field(default_factory=list)
     sample: int = 0
     symbols: list[str] = field(default_factory=list)
@@ -54,6 +56,18 @@ class Forward(Decision):
     def _acts(self) -> bool:
         """True where the contract is known and allows to skip."""
         return self.contract is not None and not self.contract.refusal and self.cache is not None
+
+    @property
+    def sees_blocks(self) -> bool:
+        """True where something is noted of blocks, or decided at them; else the model may run as it is."""
+        return self.observer is not None or (self._acts and self.cache is not None and not self.cache.scope.is_model)
+
+    def ran_unseen(self, blocks: int) -> None:
+        """The model has run as one compiled graph. blocks: how many it has, where no contract tells how many are
+        called."""
+        calls = blocks if self.contract is None else len(self.contract.sequence)
+        self.symbols += [SYMBOLS[RECOMPUTE if self.decision == RECOMPUTE else COMPUTE]] * calls
+        self.position = calls
 
     # ------------------------------------------------------------------------------------------------- block calls
 
@@ -75,6 +89,8 @@ class Forward(Decision):
         for one in self._ranges(contract):
             if one[0] == place:
                 self.entries[one] = self.outputs if place else contract.entry(position, args, kwargs)
+            if self.controlled and place and one[0] <= place <= one[1]:
+                self._note_added(one, contract.entry(position, args, kwargs), self.outputs)
         if place in self.plan:
             return self._skip(contract, place, args, kwargs)
         self.place = place
@@ -147,7 +163,8 @@ class Forward(Decision):
             self._at_probe(contract, outputs)
         for one in self._ranges(contract):
             if one[1] == place and not any(inner in self.plan for inner in range(one[0], place)):
-                self._remember(one, contract.values(one, self.entries.pop(one), outputs, cache.scope.carrier))
+                values = contract.values(one, self.entries.pop(one), outputs, cache.scope.carrier)
+                self._remember(one, self._without_added(one, values))
         if place == len(contract.stack) - 1 and cache.signal.of == "last block":
             self._verify(contract, outputs)
 
@@ -174,9 +191,9 @@ class Forward(Decision):
         self.symbols.append(SYMBOLS[RECOMPUTE if self.decision == RECOMPUTE else COMPUTE])
         result = run()
         if self.decision == RECOMPUTE:  # the second time: find out where it starts
-            for value in outputs_of(result):
-                if isinstance(value, Tensor) and not all_finite(value):
-                    self._complain(block)
+            tensors = [value for value in outputs_of(result) if isinstance(value, Tensor)]
+            if tensors and not self._all_finite(tensors):
+                self._complain(block)
         return result
 
     def _broken(self, reason: str) -> None:

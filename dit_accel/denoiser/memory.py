@@ -25,7 +25,8 @@ class Memory:
     """The anchors of one branch, as one denoiser call sees them.
 
     cache: `None` where the policy has none; signal: what the forecast's weights may be made from stands last in it;
-    entries: what went into the ranges that are running; distrusted: units whose forecasts have been worse than reuse of
+    entries: what went into the ranges that are running; added: what the model has added to each of their outputs in
+    between, such as a ControlNet's residuals; distrusted: units whose forecasts have been worse than reuse of
     late; changes, similarities: measured on the way, for the next step; recorder: is shown every new anchor.
     """
 
@@ -36,6 +37,7 @@ class Memory:
     contract: Contract | None = None
     signal: tuple[Tensor, ...] = ()
     entries: dict[Range, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    added: dict[Range, dict[int, Tensor]] = field(default_factory=dict)
     distrusted: set[Unit] = field(default_factory=set)
     changes: list[Tensor] = field(default_factory=list)
     similarities: dict[Unit, Tensor] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class Memory:
         assert self.cache is not None
         residuals = contract.residuals(one, self.cache.scope.carrier)
         results = self._stand_in(one, [entry[n] if residual else None for n, residual in enumerate(residuals)])
+        for number, added in self.added.pop(one, {}).items():
+            results[number] = results[number] + added
         if self.cache.ranking is not None and self.state.gate.skips == 1:
             # Sortblock: how near the forecast residual is to the last one that was computed
             number, newest = contract.stream[0], self.state.units[one][-1].values[contract.stream[0]]
@@ -92,6 +96,21 @@ class Memory:
             if newest is not None and forecast is not None:
                 self.similarities[one] = similarity(newest.to(forecast), forecast)
         return tuple(results) if contract.is_structured(one) else results[0]
+
+    def _note_added(self, one: Range, entry: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """What the model has added between two blocks of a range. entry: of the second; outputs: of the first."""
+        sums = self.added.setdefault(one, {})
+        for number, (now, before) in enumerate(zip(entry, outputs)):
+            if isinstance(before, Tensor) and now is not None and now is not before and now.shape == before.shape:
+                sums[number] = sums[number] + (now - before) if number in sums else now - before
+
+    def _without_added(self, one: Range, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The values of a range that has run, less what was added in between: skipped steps add their own."""
+        sums = self.added.pop(one, {})
+        return tuple(
+            value - sums[number] if value is not None and number in sums else value
+            for number, value in enumerate(values)
+        )
 
     # --------------------------------------------------------------------------------------------------- anchors
 

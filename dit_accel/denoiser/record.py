@@ -10,6 +10,7 @@ from torch import nn
 from dit_accel.attention.route import Route
 from dit_accel.denoiser.flops import FlopMeter
 from dit_accel.denoiser.forward import Forward
+from dit_accel.diffusers_bridge import unwrapped
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.state import RunState
 from dit_accel.stats import COMPUTE, PARTLY, RECOMPUTE, SYMBOLS, StepRecord
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Counts the calls of one denoiser in its session's statistics. name: of the component; meter: what calls cost."""
+    """Counts the calls of one denoiser in its session's statistics. name: of the component; component: the denoiser, or
+    what `torch.compile` put around it; meter: what calls cost."""
 
-    def __init__(self, session: Session, name: str, module: nn.Module):
-        self.session, self.name, self.module = session, name, module
-        self.meter = FlopMeter(module)
+    def __init__(self, session: Session, name: str, component: nn.Module):
+        self.session, self.name, self.component = session, name, component
+        self.module = unwrapped(component)
+        self.meter = FlopMeter(component)
 
     def _record(
         self, run: RunState, forwards: Sequence[Forward], key: Any, seconds: float, routes: Sequence[Route | None]

@@ -17,15 +17,17 @@ from dit_accel.attention.find_grid import grid_for
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.route import Route, attention_layers
 from dit_accel.cache.scope import ranges
-from dit_accel.denoiser.arguments import grid_of, latents_in, named_arguments
+from dit_accel.denoiser.arguments import grid_of, is_controlled, latents_in, named_arguments
 from dit_accel.denoiser.clock import StepInfo, TimeArgument
 from dit_accel.denoiser.contract import ContractChanged, shape_key
 from dit_accel.denoiser.find import find_block_lists
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.observer import Observer
+from dit_accel.denoiser.peers import Peers
 from dit_accel.denoiser.record import Recorder
 from dit_accel.denoiser.samples import join, rows_of, select, why_joint
 from dit_accel.denoiser.whole import rebuilder, tensors_in
+from dit_accel.diffusers_bridge import Compiled, adapters_in_force, compiled_whole, context_group
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.forecast import Forecast
 from dit_accel.state import RunState
@@ -39,12 +41,16 @@ REUSE_ALONE = Forecast("reuse", order=0)
 
 
 class _Here(threading.local):
-    """What the calling thread is in: its forward, the way of its attention, and the branch that its pipeline named.
-    Other threads see none of these."""
+    """What the calling thread is in: its forward, the way of its attention, the branch that its pipeline named, and the
+    block that is running. in_one_graph: the whole model runs as one compiled graph; by_block: it was compiled as a
+    whole, and its blocks run compiled by themselves. Other threads see none of these."""
 
     forward: Forward | None = None
     route: Route | None = None
     context: str | None = None
+    block: int | None = None
+    in_one_graph: bool = False
+    by_block: bool = False
 
 
 @contextlib.contextmanager
@@ -61,18 +67,33 @@ def holding(here: _Here, name: str, value: Any) -> Iterator[None]:
 class ServedDenoiser(Recorder):
     """A denoiser whose calls pass through `call`."""
 
-    def __init__(self, session: Session, name: str, module: nn.Module):
-        super().__init__(session, name, module)
-        self.lists = find_block_lists(module)
+    def __init__(self, session: Session, name: str, component: nn.Module):
+        super().__init__(session, name, component)
+        self._compiled_blocks: dict[tuple[int, Any], Callable[..., Any]] = {}
+        self.lists = find_block_lists(self.module)
         named = [(f"{name}.{path}.{i}", b, path) for path, blocks in self.lists.items() for i, b in enumerate(blocks)]
         own = {id(block): (name, block, path) for name, block, path in reversed(named)}  # tied blocks stand there once
         self.blocks = [(block, path) for _, block, path in reversed(own.values())]
         self.block_names = [name for name, _, _ in reversed(own.values())]
         routed = session.policy.is_sparse or session.policy.biases_text
         self.attention = attention_layers(dict(zip(self.block_names, (b for b, _ in self.blocks)))) if routed else []
-        self.time_argument = TimeArgument(module)
+        self.time_argument = TimeArgument(self.module)
         self.here = _Here()
         self.refusal: str | None = None
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """How the denoiser is compiled as a whole; `None` where it is not."""
+        return compiled_whole(self.component)
+
+    def compiled_block(self, number: int) -> Callable[..., Any]:
+        """A block, compiled as its denoiser is."""
+        whole = self.compiled
+        assert whole is not None
+        key = (number, whole.context)
+        if key not in self._compiled_blocks:
+            self._compiled_blocks[key] = whole.like(self.blocks[number][0])
+        return self._compiled_blocks[key]
 
     # ----------------------------------------------------------------------------------------------- one forward
 
@@ -92,6 +113,11 @@ class ServedDenoiser(Recorder):
         info = run.clock.locate(self.name, self.here.context, self.time_argument.find(args, kwargs))
         if info.step == 0:
             session.check_steps(run)
+        adapters = adapters_in_force(self.module)
+        if run.adapters.setdefault(self.name, adapters) != adapters:
+            session.stats.warn(f"The adapters of {self.name} changed within a run; its state was dropped.")
+            run.adapters[self.name] = adapters
+            run.forget(self.name)
         latent = latents_in(args, kwargs)
         if run.samples is None:
             run.calls[self.name] = lambda samples: why_joint(args, kwargs, latent, samples)
@@ -101,7 +127,7 @@ class ServedDenoiser(Recorder):
         forward = self._forward(run, info, key, args, kwargs)
         route = self._route(run, info, (), key, args, kwargs)
         with holding(self.here, "route", route):
-            result = self._attempt(forward, lambda: model(*args, **kwargs), run, key)
+            result = self._attempt(forward, model, run, key, args, kwargs)
         self._record(run, [forward], key, time.perf_counter() - started, [route])
         for lane in run.lanes:
             lane.decide(forward.decision, self.name)
@@ -112,17 +138,19 @@ class ServedDenoiser(Recorder):
         contract = run.contracts.get((self.name, shape_key((args, kwargs))))
         return contract is not None and contract.refusal is None
 
-    def _attempt(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
+    def _attempt(
+        self, forward: Forward, model: Callable[..., Any], run: RunState, key: Any, args: Any, kwargs: Any
+    ) -> Any:
         """One forward; a second one that computes everything where the first left the contract."""
         try:
-            return self._run(forward, original, run, key)
+            return self._run(forward, model, run, key, args, kwargs)
         except ContractChanged as change:
             self.session.stats.warn(f"{self.name} left its learned contract ({change}); that step was computed anew.")
             forward.state.drop()
             forward.again(f"contract changed: {change}")
             if self.here.route is not None:
                 self.here.route.calls.clear()
-            return self._run(forward, original, run, key)
+            return self._run(forward, model, run, key, args, kwargs)
 
     def _call_samples(
         self,
@@ -155,8 +183,8 @@ class ServedDenoiser(Recorder):
                 chosen = sorted(row for sample in wanted for row in places[sample])
                 part = select(args, chosen, rows), select(kwargs, chosen, rows)
                 routes = [self._route(run, info, tuple(chosen), whole_key, *part)]
-                with holding(self.here, "forward", None), holding(self.here, "route", routes[0]):
-                    made = model(*part[0], **part[1])
+                with holding(self.here, "route", routes[0]):
+                    made = self._run_unseen(model, *part)
                 for sample in wanted:
                     own = [chosen.index(row) for row in places[sample]]
                     results[sample] = rebuilder(made)([tensor[own] for tensor in tensors_in(made)])
@@ -168,7 +196,7 @@ class ServedDenoiser(Recorder):
             results = []
             for forward, part, route in zip(forwards, parts, routes):
                 with holding(self.here, "route", route):
-                    results.append(self._attempt(forward, lambda part=part: model(*part[0], **part[1]), run, key))
+                    results.append(self._attempt(forward, model, run, key, *part))
         self._record(run, forwards, key, time.perf_counter() - started, routes)
         for lane, forward in zip(run.lanes, forwards):
             lane.decide(forward.decision, self.name)
@@ -216,6 +244,8 @@ class ServedDenoiser(Recorder):
             latent=latents_in(args, kwargs),
             sample=sample or 0,
             reason=reason,
+            controlled=is_controlled(kwargs),
+            peers=Peers(context_group(self.module)),
         )
         if forward.latent is not None and forward.latent.ndim == 3:
             grid = grid_of(kwargs) or ()
@@ -266,7 +296,30 @@ class ServedDenoiser(Recorder):
             self.session.stage_bias,
         )
 
-    def _run(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
+    def _run(
+        self, forward: Forward, original: Callable[..., Any], run: RunState, key: Any, args: Any, kwargs: Any
+    ) -> Any:
+        whole = self.compiled
+        if whole is not None and forward.sees_blocks:
+            call = lambda: whole.uncompiled(*args, **kwargs)  # noqa: E731
+            with holding(self.here, "by_block", forward.observer is None):
+                return self._run_seen(forward, call, run, key)
+        if whole is None:
+            return self._run_seen(forward, lambda: original(*args, **kwargs), run, key)
+        return self._run_seen(forward, lambda: self._in_one_graph(forward, original, args, kwargs), run, key)
+
+    def _in_one_graph(self, forward: Forward, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The compiled model as it is: its blocks are not seen, so all that are known are counted."""
+        result = self._run_unseen(original, args, kwargs)
+        forward.ran_unseen(len(self.blocks))
+        return result
+
+    def _run_unseen(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The model without a look at its blocks."""
+        with holding(self.here, "forward", None), holding(self.here, "in_one_graph", self.compiled is not None):
+            return model(*args, **kwargs)
+
+    def _run_seen(self, forward: Forward, original: Callable[[], Any], run: RunState, key: Any) -> Any:
         with holding(self.here, "forward", forward):
             if self.session.policy.acts_in_steps and not self.session.policy.skips:
                 with self.meter.measuring(key):

@@ -7,7 +7,7 @@ decision made there stays outside compiled code; and a class is not copied, so c
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _MARK = "_dit_accel_owner"
@@ -20,7 +20,13 @@ def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., An
     owner: what `owner_of` answers while the wrap is on. Wraps of one instance may be taken back in any order: one that
     lies under another loses its methods at once, and its place in the chain with the one above it.
     """
-    base: Any = type(instance)
+    return wrap_instances([instance], owner, methods)
+
+
+def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+    """The same for several instances of one class, which share the subclass: `torch.compile` makes one graph for blocks
+    of one class."""
+    base: Any = type(instances[0])
 
     def reduce_as_base(self: Any, protocol: Any) -> Any:
         """Copies and pickles are of the plain class: they belong to nobody's session."""
@@ -44,14 +50,16 @@ def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., An
         **methods,
     }
     wrapped = type(base)(base.__name__, (base,), namespace)
-    instance.__class__ = wrapped
+    for instance in instances:
+        instance.__class__ = wrapped
 
     def unwrap() -> None:
         for name in {_MARK, *methods} & vars(wrapped).keys():
             delattr(wrapped, name)
         setattr(wrapped, _REMOVED, True)
-        while _REMOVED in vars(type(instance)):
-            instance.__class__ = type(instance).__base__
+        for instance in instances:
+            while _REMOVED in vars(type(instance)):
+                instance.__class__ = type(instance).__base__
 
     return unwrap
 

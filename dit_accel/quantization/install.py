@@ -35,6 +35,15 @@ def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return before
 
 
+def put_back(model: nn.Module, name: str, module: nn.Module) -> None:
+    """The inverse of `put`. Where an adapter was put around the quantised layer since, it is then around this one."""
+    there: Any = model.get_submodule(name)
+    if isinstance(there, (VQLinear, VQEmbedding)):
+        put(model, name, module)
+    else:
+        there.base_layer = module
+
+
 def coded_like(
     layer: nn.Module,
     format: LayerFormat,

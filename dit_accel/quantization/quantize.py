@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_accel.denoiser.find import find_denoisers
-from dit_accel.diffusers_bridge import is_pipeline
+from dit_accel.diffusers_bridge import is_pipeline, weights_kept_away
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.quantization.allocate import allocate
 from dit_accel.quantization.calibrate import Progress, encode_all, feedback_all, shared_books
 from dit_accel.quantization.collect import collect_calls
 from dit_accel.quantization.distill import distill
-from dit_accel.quantization.install import add_codebooks, coded_like, put, remove_codebooks
+from dit_accel.quantization.install import add_codebooks, coded_like, put, put_back, remove_codebooks
 from dit_accel.quantization.keep import Kept, fingerprint
 from dit_accel.quantization.mark import mark_quantised, unmark
 from dit_accel.quantization.plan import plan
@@ -87,7 +87,20 @@ def check(target: Any, settings: VectorQuant) -> dict[str, dict[str, LayerFormat
             raise UnsupportedModelError(f"{name} is quantised already; call dequantize() on it first.")
         if getattr(module, "is_quantized", False):
             raise UnsupportedModelError(f"{name} is quantised by another method; load it dense.")
+        check_at_hand(name, module)
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise UnsupportedModelError(
+                f"The weights of {name} are offloaded by accelerate, so there is nothing to read; apply the policy "
+                "before offloading."
+            )
     return {name: plan(module, settings) for name, module in denoisers.items()}
+
+
+def check_at_hand(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError where something else keeps the weights in a way that codes do not survive."""
+    reason = weights_kept_away(module)
+    if reason is not None:
+        raise UnsupportedModelError(f"The weights of {name} cannot be quantised: they {reason}.")
 
 
 def quantize(
@@ -210,7 +223,7 @@ class _Job:
         coded = coded_like(dense, self.formats[name], holder, scratch_mb=self.settings.scratch_mb)
         coded.load(stored)
         put(self.module, name, coded)
-        self.undo.callback(put, self.module, name, dense)
+        self.undo.callback(put_back, self.module, name, dense)
         self.result.errors[name] = error
         self.result.coded_bytes += sum(
             value.numel() * value.element_size() for key, value in coded.named_buffers(recurse=False)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -35,6 +36,11 @@ class VQQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True  # the loader then keeps time embedders and norms in float32, as for dense models
 
     def __init__(self, quantization_config: VQConfig, **kwargs: Any):
+        if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
+            raise UnsupportedModelError(
+                f"diffusers {diffusers.__version__} does not let quantizers look at the files that it loads and saves; "
+                "a VQConfig needs diffusers 0.39 or newer; Policy(weights=VectorQuant(...)) quantises in memory."
+            )
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: VQConfig = copy.copy(quantization_config)  # layers are filled; the user's one stays
         self._entries: dict[str, Entry] = {}

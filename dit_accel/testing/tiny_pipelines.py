@@ -93,11 +93,12 @@ LATENTS = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
 STRENGTH = 0.7  # from image to image: of 6 steps the last 4 or 5 are left
 
 
-def _register(name: str) -> Callable[[Factory], Factory]:
-    """Enter a factory under `name`."""
+def _register(name: str, needs: str = "DiffusionPipeline") -> Callable[[Factory], Factory]:
+    """Enter a factory under `name`, where the diffusers that is installed has the class that it needs."""
 
     def enter(factory: Factory) -> Factory:
-        _FACTORIES[name] = factory
+        if hasattr(diffusers, needs):
+            _FACTORIES[name] = factory
         return factory
 
     return enter
@@ -537,7 +538,7 @@ def _prx(blocks: int) -> Parts:
     return Parts(pipe, arguments)
 
 
-@_register("krea2")
+@_register("krea2", needs="Krea2Pipeline")
 def _krea2(blocks: int) -> Parts:
     text_layers = 3
     transformer = diffusers.Krea2Transformer2DModel(

@@ -117,14 +117,17 @@ def test_a_record_goes_on_where_it_was_interrupted(
     assert main([*call, "rtn-int2", "gptq-int2"]) == 0
     assert main([*call, "rtn-int2", "universal-2"]) == 0
     assert asked == ["rtn-int2", "gptq-int2", "universal-2"]
-    rows, left_out = recorded(tmp_path / "weights-guidance-1", {"items": 2, "steps": 2, "guidance": 1.0, "runs": 4})
-    assert [row.method for row in rows] == ["rtn-int2", "universal-2"]
+    assert main([*call, "ours-2", "--tuning", "7"]) == 0  # how long ours learned is told row by row
+    settings = {"items": 2, "steps": 2, "guidance": 1.0, "runs": 4}
+    rows, left_out, calibration = recorded(tmp_path / "weights-guidance-1", settings)
+    assert [row.method for row in rows] == ["rtn-int2", "universal-2", "ours-2"]
+    assert calibration == {"ours-2": {"calls": 320, "tuning": 7}}
     assert left_out == {"gptq-int2": "RuntimeError: no such thing"}
     assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".json", ".md", ".png"}
     with pytest.raises(ArgumentError, match="--fresh"):
         main([*call, "rtn-int2", "--runs", "2"])
     assert main([*call, "rtn-int2", "--runs", "2", "--fresh"]) == 0
-    assert asked[-1] == "rtn-int2" and len(asked) == 4
+    assert asked[-1] == "rtn-int2" and len(asked) == 5
     with pytest.raises(ArgumentError, match="rtn-int2"):
         main([*call, "rtn-int"])
     capsys.readouterr()
@@ -133,9 +136,14 @@ def test_a_record_goes_on_where_it_was_interrupted(
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     settings = {"items": 4}
     plain = dataclasses.replace(ROW, method="dense", psnr_mean=math.inf, psnr_worst=math.inf, bits_per_weight=32.0)
-    write([plain, ROW], tmp_path / "x", {"settings": settings, "left_out": {"a": "b"}}, chart=False)
-    assert recorded(tmp_path / "x", settings) == ([plain, ROW], {"a": "b"})
-    assert recorded(tmp_path / "y", settings) == ([], {})
+    write(
+        [plain, ROW],
+        tmp_path / "x",
+        {"settings": settings, "left_out": {"a": "b"}, "calibration": {"c": 1}},
+        chart=False,
+    )
+    assert recorded(tmp_path / "x", settings) == ([plain, ROW], {"a": "b"}, {"c": 1})
+    assert recorded(tmp_path / "y", settings) == ([], {}, {})
     assert "| rtn-int2 | 2.25 | 0.00 | 11.5 | 9.75 | 20.0 / 15.0 | 30.0 / 40.0 | 0.50 | 1.2 |" in table([plain, ROW])
 
 

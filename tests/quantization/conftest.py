@@ -8,9 +8,13 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from diffusers.quantizers.base import DiffusersQuantizer
 
 from dit_accel import VQConfig
 from dit_accel.testing.tiny_transformers import build
+
+# diffusers 0.38 loads no VQConfig (test_old_diffusers.py): all that is left there is quantising in memory
+collect_ignore_glob = [] if hasattr(DiffusersQuantizer, "maybe_update_state_dict") else ["test_vq_*.py"]
 
 FLUX = "FluxTransformer2DModel"
 
