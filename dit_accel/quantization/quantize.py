@@ -88,11 +88,6 @@ def check(target: Any, settings: VectorQuant) -> dict[str, dict[str, LayerFormat
         if getattr(module, "is_quantized", False):
             raise UnsupportedModelError(f"{name} is quantised by another method; load it dense.")
         check_at_hand(name, module)
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise UnsupportedModelError(
-                f"The weights of {name} are offloaded by accelerate, so there is nothing to read; apply the policy "
-                "before offloading."
-            )
     return {name: plan(module, settings) for name, module in denoisers.items()}
 
 
@@ -119,6 +114,12 @@ def quantize(
     """
     planned, told = check(target, settings), progress or (lambda what, done, total: None)
     denoisers = find_denoisers(target)
+    for name, module in denoisers.items():
+        if any(parameter.is_meta for parameter in module.parameters()):  # to plan, as `explain` does, they need not be
+            raise UnsupportedModelError(
+                f"The weights of {name} are offloaded by accelerate, so there is nothing to read; apply the policy "
+                "before offloading."
+            )
     calls: Mapping[str, Any] = dict.fromkeys(denoisers, ())
     if settings.is_calibrated:
         calls = collect_calls(
