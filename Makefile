@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory evidence clean help
+.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-slicing evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
@@ -24,6 +24,7 @@ help:
 	@echo "make composition  every mechanism in every circumstance, the slow ones too, and its table (20 minutes)"
 	@echo "make bench-compile  caches and torch.compile together, ours and rivals' (15 minutes)"
 	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
+	@echo "make bench-slicing  peak memory and time of a Wan-shaped model with its feed-forward layers in slices (10 minutes)"
 	@echo "make bench-tiny-sd3  the same on another pipeline (ITEMS=8 pictures; half an hour)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -105,6 +106,10 @@ bench-weights-%: $(VENV)/.installed-bench
 # Peak memory of a FLUX-wide model that is quantised while it is loaded.
 bench-load-memory: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.load_memory
+
+# Peak memory and time of a Wan-shaped model of 16384 tokens, its feed-forward layers whole and in slices.
+bench-slicing: $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.bench.slicing --out docs/results/slicing.json
 
 # Caches and torch.compile together, beside cache-dit and diffusers' caches.
 bench-compile: $(VENV)/.installed-bench

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dit_accel.quantization.load import load_model as load_model
     from dit_accel.resolution import Progressive as Progressive
     from dit_accel.session import Session as Session
+    from dit_accel.slicing import Slicing as Slicing
+    from dit_accel.slicing import slice_features as slice_features
     from dit_accel.stats import Stats as Stats
     from dit_accel.stats import StepRecord as StepRecord
     from dit_accel.weights.vector_quant import VectorQuant as VectorQuant
@@ -58,6 +60,8 @@ _HOMES = {
     "load_model": "quantization.load",
     "Progressive": "resolution",
     "Session": "session",
+    "Slicing": "slicing",
+    "slice_features": "slicing",
     "Stats": "stats",
     "StepRecord": "stats",
     "VectorQuant": "weights.vector_quant",

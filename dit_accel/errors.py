@@ -16,7 +16,7 @@ class PolicyError(DitAccelError, ValueError):
 
 
 class ArgumentError(DitAccelError, ValueError):
-    """An argument of `compare` or of a pipeline call, or a prompt, is not allowed."""
+    """An argument of `compare`, `slice_features` or a pipeline call, or a prompt, is not allowed."""
 
 
 class ManifestError(DitAccelError, ValueError):

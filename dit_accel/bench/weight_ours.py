@@ -107,10 +107,14 @@ OURS: dict[str, Method] = {
 }
 
 
-def _ours(bits: float) -> VectorQuant:
-    """More bits where they matter, shared codebooks of the model's own, feedback, and a tuning of the whole."""
+def _ours(bits: float, dense: tuple[str, ...] = ()) -> VectorQuant:
+    """More bits where they matter, shared codebooks of the model's own, feedback, and a tuning of the whole.
+
+    dense: layers that stay so."""
     calibrate = Calibrate(calls=320, sweeps=1, tuning=1000, rate=2e-3)
-    return VectorQuant(mean_bits=bits, modulation_bits=2, codebook="model", method="feedback", calibrate=calibrate)
+    return VectorQuant(
+        mean_bits=bits, modulation_bits=2, codebook="model", method="feedback", calibrate=calibrate, dense=dense
+    )
 
 
 def _published(method: str) -> VectorQuant:
@@ -124,6 +128,7 @@ WHOLE: dict[str, VectorQuant] = {
     "vq4dit-2": _published("vq4dit"),
     "pv-tuning-2": _published("pv-tuning"),
     "ours-2": _ours(2.4),
+    "ours-linear-2": _ours(2.4, ("embedding_table",)),  # class tables stay dense, as the rivals leave them
     "ours-3": _ours(3.2),
     "ours-4": _ours(4.2),
 }

@@ -67,3 +67,8 @@ def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Call
 def owner_of(instance: Any) -> Any | None:
     """The owner of the wrap on this instance, or `None` where it has none."""
     return getattr(type(instance), _MARK, None)
+
+
+def owners_of(instance: Any) -> list[Any]:
+    """The owners of all wraps on this instance, the outermost first."""
+    return [vars(kind)[_MARK] for kind in type(instance).__mro__ if _MARK in vars(kind)]
