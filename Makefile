@@ -12,7 +12,7 @@ help:
 	@echo "make studio  a page that shows what is skipped and what it costs, at http://127.0.0.1:7860"
 	@echo "make studio-test  the page in a headless Chromium (apt-get install chromium); screenshots to outputs/studio-shots"
 	@echo "make test    static checks and the test suite"
-	@echo "make test-compat  the tests that meet diffusers' insides, with diffusers 0.38 to 0.42.0 and a newer torch (hours of downloads)"
+	@echo "make test-compat  the tests that meet diffusers' insides, with diffusers 0.38 to 0.42.0 and a newer torch (an hour or two)"
 	@echo "make render-faults  kill a batch render, a Ray actor and a Ray driver at random moments (minutes)"
 	@echo "make bench-render  overhead, batches and equality of batch renders"
 	@echo "make evidence  dynamics, captions and every preset, on every shipped pipeline (hours; PIPELINES=tiny-flux for one)"
@@ -66,7 +66,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The suite with other versions, each in an environment of its own, one package at a time away from constraints.txt.
-COMPAT ?= diffusers-0.38.0 diffusers-0.39.0 diffusers-0.40.0 diffusers-0.41.0 diffusers-0.42.0 torch-2.15.0
+COMPAT ?= diffusers-0.38.0 diffusers-0.39.0 diffusers-0.40.0 diffusers-0.41.0 diffusers-0.42.0 torch-2.14.1
 COMPAT_TESTS ?= tests/test_session.py tests/test_pipelines.py tests/test_calls.py tests/denoiser tests/quantization \
 	tests/attention/test_route.py tests/render/test_render.py
 COMPAT_FREE := transformers|tokenizers|huggingface_hub|hf-xet|triton|setuptools
