@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-slicing evidence clean help
+.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-parallel bench-slicing evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-weights-tiny-flux  every way to store weights in 2 to 4 bits, ours and rivals' (an hour)"
 	@echo "make composition  every mechanism in every circumstance, the slow ones too, and its table (20 minutes)"
 	@echo "make bench-compile  caches and torch.compile together, ours and rivals' (15 minutes)"
+	@echo "make bench-parallel  gates on two processes that share one sequence, beside the rivals' (10 minutes)"
 	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
 	@echo "make bench-slicing  peak memory and time of a Wan-shaped model with its feed-forward layers in slices (10 minutes)"
 	@echo "make bench-tiny-sd3  the same on another pipeline (ITEMS=8 pictures; half an hour)"
@@ -102,6 +103,10 @@ bench-attention-%: $(VENV)/.installed-bench
 bench-weights-%: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.weights pipelines/$* --items $(ITEMS) --steps 20 --runs 32 \
 		--out pipelines/$*/results
+
+# Gates on two processes that share one sequence, ours and the rivals'.
+bench-parallel: $(VENV)/.installed-bench
+	$(BIN)/python -m dit_accel.bench.parallel --out docs/results/parallel.json
 
 # Peak memory of a FLUX-wide model that is quantised while it is loaded.
 bench-load-memory: $(VENV)/.installed-bench
