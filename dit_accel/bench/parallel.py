@@ -29,7 +29,7 @@ from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.bench.methods import Attach, cache_dit, diffusers_cache, ours
 from dit_accel.bench.results import versions
 from dit_accel.files import write_atomically
-from dit_accel.testing.ranks import STEPS, ULYSSES
+from dit_accel.testing.ranks import STEPS
 from dit_accel.testing.tiny_pipelines import TinyPipeline, build, call
 
 PATIENCE = 30  # seconds that a rank waits for the other
@@ -87,7 +87,7 @@ def worker(method: str, threshold: float, folder: Path) -> None:
     def split() -> None:
         model: Any = tiny.pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
         with mock.patch("torch.accelerator.device_count", lambda: 1):  # diffusers asks for one even on a CPU
-            model.enable_parallelism(config=ContextParallelConfig(**ULYSSES))
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 
     if method != LATE:
         split()
