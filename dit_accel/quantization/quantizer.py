@@ -36,11 +36,6 @@ class VQQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True  # the loader then keeps time embedders and norms in float32, as for dense models
 
     def __init__(self, quantization_config: VQConfig, **kwargs: Any):
-        if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
-            raise UnsupportedModelError(
-                f"diffusers {diffusers.__version__} does not let quantizers look at the files that it loads and saves; "
-                "a VQConfig needs diffusers 0.39 or newer; Policy(weights=VectorQuant(...)) quantises in memory."
-            )
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: VQConfig = copy.copy(quantization_config)  # layers are filled; the user's one stays
         self._entries: dict[str, Entry] = {}
@@ -53,6 +48,11 @@ class VQQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
         """Raise for what cannot be loaded, as early as it is known. Called before and after the files are opened."""
         del args, kwargs
+        if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
+            raise UnsupportedModelError(
+                f"diffusers {diffusers.__version__} does not let quantizers look at the files that it loads and saves; "
+                "a VQConfig needs diffusers 0.39 or newer; Policy(weights=VectorQuant(...)) quantises in memory."
+            )
         if torch_dtype is not None and torch_dtype not in FLOATS:
             raise ArgumentError(f"The dtype is {torch_dtype}; quantised weights load as bfloat16, float16 or float32.")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
