@@ -32,7 +32,7 @@ from dit_accel.attention.search import Memory, must_search
 from dit_accel.denoiser.clock import StepInfo
 from dit_accel.denoiser.flops import FlopMeter, attention_flops, counting
 from dit_accel.denoiser.layers import is_attention
-from dit_accel.denoiser.subclass import wrap_instances
+from dit_accel.denoiser.subclass import alike, wrap_instances
 from dit_accel.errors import KernelUnavailableError, NonFiniteError
 from dit_accel.stats import LayerAttention
 
@@ -320,11 +320,8 @@ class Here(Protocol):
 
 def attach_layers(layers: Sequence[Layer], owner: Any, here: Here, undo: contextlib.ExitStack) -> None:
     """Let the calls of these layers pass through the route in force; pushes the inverses on `undo`."""
-    groups: dict[tuple[type, str], list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault((type(layer.module), layer.place), []).append(layer)
-    for group in groups.values():
-        _attach_alike(group, owner, here, undo)
+    for numbers in alike((type(layer.module), layer.place) for layer in layers):
+        _attach_alike([layers[number] for number in numbers], owner, here, undo)
 
 
 def _attach_alike(layers: Sequence[Layer], owner: Any, here: Here, undo: contextlib.ExitStack) -> None:

@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed
@@ -29,7 +29,7 @@ from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.bench.methods import Attach, cache_dit, diffusers_cache, ours
 from dit_accel.bench.results import versions
 from dit_accel.files import write_atomically
-from dit_accel.testing.ranks import STEPS
+from dit_accel.testing.ranks import STEPS, ULYSSES, split
 from dit_accel.testing.tiny_pipelines import TinyPipeline, build, call
 
 PATIENCE = 30  # seconds that a rank waits for the other
@@ -77,21 +77,15 @@ def computed(tiny: TinyPipeline, attach: Attach, then: Callable[[], None] = lamb
 
 def worker(method: str, threshold: float, folder: Path) -> None:
     """One rank."""
-    from diffusers import ContextParallelConfig
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
     tiny, attach = build("flux"), METHODS[method](threshold)
     wanted, alone = computed(tiny, attach)
 
-    def split() -> None:
-        model: Any = tiny.pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
-        with mock.patch("torch.accelerator.device_count", lambda: 1):  # diffusers asks for one even on a CPU
-            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-
+    halve = partial(split, tiny.pipe.transformer, ULYSSES)  # pyright: ignore[reportAttributeAccessIssue]
     if method != LATE:
-        split()
-    made, together = computed(tiny, attach, split if method == LATE else lambda: None)
+        halve()
+    made, together = computed(tiny, attach, halve if method == LATE else lambda: None)
     difference = float((made - wanted).abs().max() / wanted.abs().max())
     seen = {"alone": alone, "computed": together, "difference": difference}
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))
@@ -120,7 +114,7 @@ def measure(method: str, threshold: float) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=False)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--step", nargs=3, metavar=("METHOD", "THRESHOLD", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -14,7 +14,7 @@ from dit_accel.attention.route import attach_layers
 from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.layers import layers_of
 from dit_accel.denoiser.serve import ServedDenoiser, holding
-from dit_accel.denoiser.subclass import wrap_instance, wrap_instances
+from dit_accel.denoiser.subclass import alike, wrap_instance, wrap_instances
 from dit_accel.diffusers_bridge import is_compiled, registered_as_blocks, split_ahead
 from dit_accel.errors import UnsupportedModelError
 
@@ -40,7 +40,7 @@ class AttachedDenoiser(ServedDenoiser):
         if self.attention:  # before the cache's, which then lie around these: what is skipped costs no search
             attach_layers(self.attention, self.session, self.here, undo)
         self.check_compiled()
-        for numbers in _alike((type(block), path) for block, path in self.blocks):
+        for numbers in alike((type(block), path) for block, path in self.blocks):
             blocks = [self.blocks[number][0] for number in numbers]
             methods = {"__call__": self._block_call(dict(zip(blocks, numbers)))}
             base = type(blocks[0])
@@ -67,7 +67,7 @@ class AttachedDenoiser(ServedDenoiser):
             return
         found = [(name, *layer) for block, _ in self.blocks for name, layer in layers_of(block).items()]
         found = [(name, layer, kind) for name, layer, kind in found if cache.scope.skips_layer(kind)]
-        for numbers in _alike((type(layer), name) for name, layer, _ in found):
+        for numbers in alike((type(layer), name) for name, layer, _ in found):
             name, _, kind = found[numbers[0]]
             layers = [found[number][1] for number in numbers]
             methods = {"__call__": self._layer_call(name, set(layers), kind)}
@@ -115,8 +115,8 @@ class AttachedDenoiser(ServedDenoiser):
     def run_block(self, number: int, plain: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         """Run a block: compiled by itself, where the model is compiled as a whole and yet may be skipped in part."""
         with holding(self.here, "block", number):
-            if self.here.by_block:
-                return self.compiled_block(number)(*args, **kwargs)
+            if self.here.by_block is not None:
+                return self.compiled_block(number, self.here.by_block)(*args, **kwargs)
             forward = self.here.forward
             if forward is None or not forward.waits_for_norm:
                 return plain()
@@ -140,14 +140,6 @@ class AttachedDenoiser(ServedDenoiser):
         return {
             getattr(self.blocks[number][0], name): count for (number, name), count in self.meter.first_layers.items()
         }
-
-
-def _alike(kinds: Iterable[Hashable]) -> list[list[int]]:
-    """The numbers of the items of each kind."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(number)
-    return list(groups.values())
 
 
 @contextlib.contextmanager

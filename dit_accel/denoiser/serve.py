@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,15 +43,15 @@ REUSE_ALONE = Forecast("reuse", order=0)
 
 class _Here(threading.local):
     """What the calling thread is in: its forward, the way of its attention, the branch that its pipeline named, and the
-    block that is running. in_one_graph: the whole model runs as one compiled graph; by_block: it was compiled as a
-    whole, and its blocks run compiled by themselves. Other threads see none of these."""
+    block that is running. in_one_graph: the whole model runs as one compiled graph; by_block: how it was compiled as a
+    whole, where its blocks run compiled by themselves. Other threads see none of these."""
 
     forward: Forward | None = None
     route: Route | None = None
     context: str | None = None
     block: int | None = None
     in_one_graph: bool = False
-    by_block: bool = False
+    by_block: Compiled | None = None
 
 
 @contextlib.contextmanager
@@ -86,10 +87,8 @@ class ServedDenoiser(Recorder):
         """How the denoiser is compiled as a whole; `None` where it is not."""
         return compiled_whole(self.component)
 
-    def compiled_block(self, number: int) -> Callable[..., Any]:
-        """A block, compiled as its denoiser is."""
-        whole = self.compiled
-        assert whole is not None
+    def compiled_block(self, number: int, whole: Compiled) -> Callable[..., Any]:
+        """A block, compiled as its denoiser is as a whole."""
         key = (number, whole.context)
         if key not in self._compiled_blocks:
             self._compiled_blocks[key] = whole.like(self.blocks[number][0])
@@ -300,13 +299,12 @@ class ServedDenoiser(Recorder):
         self, forward: Forward, original: Callable[..., Any], run: RunState, key: Any, args: Any, kwargs: Any
     ) -> Any:
         whole = self.compiled
-        if whole is not None and forward.sees_blocks:
-            call = lambda: whole.uncompiled(*args, **kwargs)  # noqa: E731
-            with holding(self.here, "by_block", forward.observer is None):
-                return self._run_seen(forward, call, run, key)
         if whole is None:
-            return self._run_seen(forward, lambda: original(*args, **kwargs), run, key)
-        return self._run_seen(forward, lambda: self._in_one_graph(forward, original, args, kwargs), run, key)
+            return self._run_seen(forward, partial(original, *args, **kwargs), run, key)
+        if forward.sees_blocks:
+            with holding(self.here, "by_block", whole if forward.observer is None else None):
+                return self._run_seen(forward, partial(whole.uncompiled, *args, **kwargs), run, key)
+        return self._run_seen(forward, partial(self._in_one_graph, forward, original, args, kwargs), run, key)
 
     def _in_one_graph(self, forward: Forward, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The compiled model as it is: its blocks are not seen, so all that are known are counted."""

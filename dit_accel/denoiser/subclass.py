@@ -7,7 +7,7 @@ decision made there stays outside compiled code; and a class is not copied, so c
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 _MARK = "_dit_accel_owner"
@@ -67,6 +67,14 @@ def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Call
 def owner_of(instance: Any) -> Any | None:
     """The owner of the wrap on this instance, or `None` where it has none."""
     return getattr(type(instance), _MARK, None)
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of the items of each kind: those that may share a subclass."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(number)
+    return list(groups.values())
 
 
 def owners_of(instance: Any) -> list[Any]:

@@ -7,6 +7,7 @@ log-sum-exp, without which there is no ring.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -70,6 +71,12 @@ CASES = {
 }
 
 
+def split(model: Any, degrees: dict[str, int]) -> None:
+    """Let the ranks share the tokens of a model."""
+    with mock.patch("torch.accelerator.device_count", lambda: 1):
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+
+
 def attention_with_sums(
     context: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: Any
 ) -> tuple[Tensor, Tensor]:
@@ -88,12 +95,12 @@ def run(case: Case) -> dict[str, Any]:
         wanted = call(tiny, STEPS)
         decisions = [record.decision for record in session.stats.steps]
     if not case.late:
-        model.enable_parallelism(config=ContextParallelConfig(**case.degrees))
+        split(model, case.degrees)
     before = traces(tiny.pipe)
     try:
         with dit_accel.apply(tiny.pipe, case.policy) as session:
             if case.late:
-                model.enable_parallelism(config=ContextParallelConfig(**case.degrees))
+                split(model, case.degrees)
             made = call(tiny, STEPS)
     except UnsupportedModelError as error:
         return {"refused": str(error), "restored": traces(tiny.pipe) == before}
@@ -144,19 +151,14 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     seen = {}
-    with mock.patch("torch.accelerator.device_count", lambda: 1):
-        for name, case in CASES.items():
-            apart = mock.patch.object(Peers, "mean", lambda self, value: value)
-            ring = mock.patch.object(attention_dispatch, "_native_attention_forward_op", attention_with_sums)
-            patches = [apart] * case.alone + [ring] * ("ring_degree" in case.degrees)
-            for patch in patches:
-                patch.start()
-            try:
-                seen[name] = run(case)
-            finally:
-                for patch in patches:
-                    patch.stop()
-            torch.distributed.barrier()
+    apart = mock.patch.object(Peers, "mean", lambda self, value: value)
+    ring = mock.patch.object(attention_dispatch, "_native_attention_forward_op", attention_with_sums)
+    for name, case in CASES.items():
+        with contextlib.ExitStack() as patches:
+            for patch in [apart] * case.alone + [ring] * ("ring_degree" in case.degrees):
+                patches.enter_context(patch)
+            seen[name] = run(case)
+        torch.distributed.barrier()
     rank = torch.distributed.get_rank()
     seen[GUIDED] = run_guided(rank)
     (folder / f"rank-{rank}.json").write_text(json.dumps(seen, indent=1))
