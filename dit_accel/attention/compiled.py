@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-Way = Callable[..., Tensor]  # takes what scaled_dot_product_attention takes, by position
+Way = Callable[..., Tensor]  # takes what scaled_dot_product_attention takes
 
 _ways: dict[int, Way] = {}
 _numbers = itertools.count()
@@ -34,67 +34,22 @@ def forget(number: int) -> None:
     del _ways[number]
 
 
-@torch.library.custom_op("dit_accel::attention", mutates_args=())
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    number: int,
-) -> Tensor:
-    way = _ways.get(number, plain_attention)
-    # in the layout that the graph was promised
-    return way(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).contiguous()
+# The arguments of scaled_dot_product_attention, in torch's order; what is left at its default does not arrive.
+@torch.library.custom_op(
+    "dit_accel::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, float? scale=None, bool enable_gqa=False, *, int number) -> Tensor",
+)
+def _attention(*call: Any, number: int, **named: Any) -> Tensor:
+    way = _ways.get(number, scaled_dot_product_attention)
+    return way(*call, **named).contiguous()  # in the layout that the graph was promised
 
 
 @_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    number: int,
-) -> Tensor:
-    del key, attn_mask, dropout_p, is_causal, scale, enable_gqa, number
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any, number: int, **named: Any) -> Tensor:
+    del key, rest, number, named
     return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """Dense attention, all by position."""
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def _in_graph(
-    number: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, number)
 
 
 class Traced(TorchFunctionMode):
@@ -108,7 +63,7 @@ class Traced(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
-            return _in_graph(self.number, *args, **kwargs)
+            return _attention(*args, **kwargs, number=self.number)
         if func is Tensor.unflatten:  # the method goes by super(), which cannot be traced under a mode
             return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_accel.attention.attend import attend
 from dit_accel.attention.block_sparse import BlockSparse
-from dit_accel.attention.compiled import Traced, forget, plain_attention, register
+from dit_accel.attention.compiled import Traced, forget, register
 from dit_accel.attention.grid import TokenGrid
 from dit_accel.attention.layout import layout_of
 from dit_accel.attention.search import Memory, must_search
@@ -56,7 +56,7 @@ class AttentionCall(NamedTuple):
 
     def plain(self) -> Tensor:
         """Dense attention."""
-        return plain_attention(*self)
+        return scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def biased(self, bias: Tensor) -> Tensor:
         """Dense attention with a bias added to the scores, broadcast to [B, H, S, S]."""
@@ -331,8 +331,8 @@ def _attach_alike(layers: Sequence[Layer], owner: Any, here: Here, undo: context
     by_module = {id(layer.module): layer for layer in layers}
 
     def way_of(find: Callable[[], Layer | None]) -> Callable[..., Tensor]:
-        def way(*call: Any) -> Tensor:
-            route, layer, given = here.route, find(), AttentionCall(*call)
+        def way(*call: Any, **named: Any) -> Tensor:
+            route, layer, given = here.route, find(), AttentionCall(*call, **named)
             return given.plain() if route is None or layer is None else route.attention(layer, given.plain, given)
 
         return way
