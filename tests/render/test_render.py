@@ -316,7 +316,7 @@ def test_one_interrupt_finishes_the_item(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     jobs, out = manifest(tmp_path / "jobs.jsonl", 5), tmp_path / "out"
-    make, made = ItemCaller.make_items, []
+    make, made, before = ItemCaller.make_items, [], signal.getsignal(signal.SIGINT)
 
     def interrupted(self: ItemCaller, items: Any) -> Any:
         made.extend(items)
@@ -329,7 +329,7 @@ def test_one_interrupt_finishes_the_item(
         code, text, err = run(jobs, out)
     assert code == 130 and len(pictures(out)) == 2 and "Stopping" in err and "run the same command again" in text
     assert run(jobs, out)[0] == 0 and len(pictures(out)) == 5 and leftovers(out) == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_interrupts_stop_now(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
