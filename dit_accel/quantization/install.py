@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.quantization.plan import shared_sizes
-from dit_accel.weights.codebook import CHUNK, universal
+from dit_accel.weights.codebook import chunk_of, universal
 from dit_accel.weights.encode import Encoded, data_free, layer_codebook
 from dit_accel.weights.feedback import low_rank
 from dit_accel.weights.format import LayerFormat
@@ -23,7 +23,8 @@ from dit_accel.weights.rotation import draw_signs, rotate, unpack_signs
 from dit_accel.weights.storage import Stored, store
 
 BOOKS = "vq_codebooks"  # name of the module in a model that holds the codebooks its layers share
-_AT_ONCE = 2**18  # weights whose codes are looked for at once; float32 copies of them, a dozen, are 12 MiB
+# Weights whose codes are looked for at once; float32 copies of them, a dozen, are 12 MiB on a CPU, and 200 on a GPU.
+_AT_ONCE, _AT_ONCE_ON_GPU = 2**18, 2**22
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -140,7 +141,7 @@ def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book
     # What stays is set aside before what goes, so that the heap is not left full of holes.
     codes = torch.empty(format.tensors()["codes"][0], dtype=torch.uint8, device=weight.device)
     scales = torch.empty(format.shape[0], dtype=torch.bfloat16, device=weight.device)
-    for run in _runs(format):
+    for run in _runs(format, weight.device):
         part = data_free(_turned(weight[run], factors, format), book)
         codes[run], scales[run] = pack(part.codes.flatten(1), format.code_bits), part.row_scale
     signs = None if signs is None else signs.to(weight.device)
@@ -148,19 +149,20 @@ def encode_layer(name: str, weight: Tensor, format: LayerFormat, seed: int, book
     if not format.rank:
         return made
     left = torch.empty(format.shape, device=weight.device)
-    for run in _runs(format):
+    for run in _runs(format, weight.device):
         found = made.rows_into(run, torch.empty_like(left[run]))
         torch.sub(_turned(weight[run], factors, format), found, out=left[run])
     first, second = low_rank(left, None, format.rank, seed=seed_of(name, seed))
     return dataclasses.replace(made, low_rank=(first.bfloat16(), second.bfloat16()))
 
 
-def _runs(format: LayerFormat) -> list[slice]:
+def _runs(format: LayerFormat, device: torch.device) -> list[slice]:
     """Rows that are encoded at once; whole runs of the vectors that `nearest` takes at once, so that every vector is in
     the same place of the same product as if all rows were, and gets the same code."""
     outputs, inputs = format.shape
-    whole = CHUNK // math.gcd(CHUNK, inputs // format.width)
-    step = max(_AT_ONCE // inputs // whole, 1) * whole
+    chunk, most = chunk_of(device), _AT_ONCE if device.type == "cpu" else _AT_ONCE_ON_GPU
+    whole = chunk // math.gcd(chunk, inputs // format.width)
+    step = max(most // inputs // whole, 1) * whole
     return [slice(first, min(first + step, outputs)) for first in range(0, outputs, step)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from dit_accel_kernels import nearest_codewords
-from dit_accel_kernels.nearest import CHUNK as CHUNK
+from dit_accel_kernels.nearest import chunk_of as chunk_of
 from safetensors.torch import load_file
 from torch import Tensor
 

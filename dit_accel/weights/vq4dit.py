@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ArgumentError
-from dit_accel.weights.codebook import CHUNK
+from dit_accel.weights.codebook import chunk_of
 from dit_accel.weights.encode import Encoded, divisor, storable
 
 FROZEN_LOGIT = 1e4  # exactly one-hot after softmax, so its slope is exactly 0 and it stays
@@ -63,7 +63,7 @@ def candidates(weight: Tensor, codebook: Tensor, count: int = 2, row_scale: Tens
         )
     scale = torch.ones(len(weight), device=weight.device) if row_scale is None else row_scale
     vectors = (weight.float() / divisor(scale)).reshape(-1, width)
-    parts = [_closest(part, codebook.float(), count) for part in vectors.split(CHUNK)]
+    parts = [_closest(part, codebook.float(), count) for part in vectors.split(chunk_of(vectors.device))]
     distances = torch.cat([d for d, _ in parts])
     logits = (distances[:, -1:] / (distances + 1e-5)).clamp(min=1e-12).log()
     frozen = torch.zeros(len(vectors), dtype=torch.bool, device=weight.device)

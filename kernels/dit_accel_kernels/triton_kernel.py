@@ -1,4 +1,4 @@
-"""Block-sparse attention by a Triton program, for CUDA. Not measured on a GPU: checked in Triton's interpreter only.
+"""Block-sparse attention by a Triton program, for CUDA. Sizes of tiles were chosen on an H200 (gpu-kernels.json).
 
 The interpreter runs it on CPU tensors where TRITON_INTERPRET=1 was set before triton was imported. Its bfloat16 product
 is wrong (triton 3.9.0), so there products are taken in float32.
@@ -7,6 +7,7 @@ is wrong (triton 3.9.0), so there products are taken in float32.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from dit_accel_kernels.mask import BlockMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WARPS = 4  # of a program
 
 
 def interpreted() -> bool:
@@ -50,6 +52,8 @@ def triton_attention(
     """
     from dit_accel_kernels.triton_program import attend_tile
 
+    if scale <= 0:  # the program takes positive ones
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     q, k, v = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k, v))
     batch, heads, query_tokens, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -77,7 +81,7 @@ def triton_attention(
         heads,
         query_tokens,
         k.shape[2],
-        scale,
+        scale / math.log(2),
         DIM=dim,
         DIM_PADDED=dim_padded,
         BLOCK_Q=mask.block_q,
@@ -85,9 +89,10 @@ def triton_attention(
         ROWS=rows,
         KEYS=keys,
         BIASED=key_bias is not None,
+        RAGGED=k.shape[2] % mask.block_k != 0,
         UPCAST=interpreted() and q.dtype == torch.bfloat16,
-        num_warps=8 if rows == 128 else 4,
-        num_stages=2,
+        num_warps=WARPS,
+        num_stages=stages(keys, dim_padded, q),
     )
     return out, lse if return_lse else None
 
@@ -96,4 +101,12 @@ def tile_sizes(mask: BlockMask, dim_padded: int, element_size: int) -> tuple[int
     """Queries and keys of one product: powers of two that divide the blocks, and fit 99 KiB of shared memory."""
     token_bytes = dim_padded * element_size
     rows, keys = (size & -size for size in (mask.block_q, mask.block_k))  # the largest power of two that divides
-    return min(rows, 128, max(16, (32 << 10) // token_bytes)), min(keys, 64, max(16, (16 << 10) // token_bytes))
+    return min(rows, 64, max(16, (32 << 10) // token_bytes)), min(keys, 64, max(16, (16 << 10) // token_bytes))
+
+
+def stages(keys: int, dim_padded: int, q: Tensor) -> int:
+    """Parts of keys and values that are in shared memory at once: 3 where there is room (data centres' GPUs), or 2."""
+    if q.device.type != "cuda":
+        return 2
+    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return 3 if (6 * keys + 64) * dim_padded * q.element_size() <= room else 2

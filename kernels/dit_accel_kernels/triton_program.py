@@ -7,6 +7,68 @@ import triton.language as tl
 
 
 @triton.jit
+def attend_part(
+    queries,
+    k_at,
+    v_at,
+    bias_at,
+    first,
+    key_tokens,
+    k_token,
+    v_token,
+    bias_token,
+    scale,
+    maximum,
+    total,
+    sums,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    BIASED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One step of the running softmax, in base 2: KEYS keys from the one numbered `first` on.
+
+    k_at, v_at, bias_at: of that key. scale: of the scores, positive. RAGGED: some keys may lie past the last.
+    maximum, total [ROWS], sums [ROWS, DIM_PADDED]: of the keys so far, handed back with these.
+    """
+    keys = tl.arange(0, KEYS)
+    dims = tl.arange(0, DIM_PADDED)
+    if RAGGED or DIM != DIM_PADDED:
+        kept = first + keys < key_tokens
+        inside = dims < DIM
+        key = tl.load(k_at + keys[None, :] * k_token + dims[:, None], mask=kept[None, :] & inside[:, None], other=0.0)
+        value = tl.load(v_at + keys[:, None] * v_token + dims[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
+    else:
+        key = tl.load(k_at + keys[None, :] * k_token + dims[:, None])
+        value = tl.load(v_at + keys[:, None] * v_token + dims[None, :])
+    if UPCAST:
+        key = key.to(tl.float32)
+        value = value.to(tl.float32)
+    scores = tl.dot(queries, key, input_precision="ieee")
+    if BIASED:
+        added = tl.load(bias_at + keys * bias_token, mask=first + keys < key_tokens, other=0.0)
+        lowest = tl.where(added == float("-inf"), float("-inf"), -1e38)  # finite stays finite in base 2
+        scores = scores * scale + tl.maximum(added * 1.4426950408889634, lowest)[None, :]
+    if RAGGED:
+        scores = tl.where((first + keys < key_tokens)[None, :], scores, float("-inf"))
+    if BIASED:
+        top = tl.maximum(maximum, tl.max(scores, 1))
+        zero = tl.where(top == float("-inf"), 0.0, top)  # no key so far: all scores are -inf and give 0
+        weights = tl.exp2(scores - zero[:, None])
+    else:
+        top = tl.maximum(maximum, tl.max(scores, 1) * scale)
+        zero = top  # a block has a key at the least
+        weights = tl.exp2(scores * scale - zero[:, None])
+    decay = tl.exp2(maximum - zero)
+    total = total * decay + tl.sum(weights, 1)
+    sums = sums * decay[:, None]
+    sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
+    return top, total, sums
+
+
+@triton.jit
 def attend_tile(
     q,
     k,
@@ -41,12 +103,14 @@ def attend_tile(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BIASED: tl.constexpr,
+    RAGGED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One tile of ROWS queries of one head against the KEYS-wide parts of the key blocks that its list keeps.
 
     Arguments named x_batch, x_head, x_token are strides in elements; mask strides count rows of the CSR lists.
-    `out` [B, H, S_q, D] and `lse` [B, H, S_q] are contiguous. UPCAST: products in float32.
+    `out` [B, H, S_q, D] and `lse` [B, H, S_q] are contiguous. scale: of the scores in base 2, above 0. RAGGED: the last
+    key block is cut short. UPCAST: products in float32.
     """
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -69,31 +133,30 @@ def attend_tile(
     sums = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     row = row_pointers + batch * mask_batch + head * mask_head + tile * ROWS // BLOCK_Q
     parts: tl.constexpr = BLOCK_K // KEYS
-    for part in range(tl.load(row) * parts, tl.load(row + 1) * parts):
+    begin = tl.load(row)
+    end = tl.load(row + 1)
+    whole = end
+    if RAGGED:
+        whole = tl.maximum(end - 1, begin)  # key blocks rise, so only the last one of a row can be cut short
+    for part in range(begin * parts, whole * parts):
         block = part // parts
-        first = (tl.load(columns + block) - block) * BLOCK_K + part * KEYS
-        keys = first + tl.arange(0, KEYS)
-        key_kept = keys < key_tokens
-        k_at = k_head_at + keys.to(tl.int64)[None, :] * k_token + dims[:, None]
-        v_at = v_head_at + keys.to(tl.int64)[:, None] * v_token + dims[None, :]
-        key = tl.load(k_at, mask=key_kept[None, :] & dim_kept[:, None], other=0.0)
-        value = tl.load(v_at, mask=key_kept[:, None] & dim_kept[None, :], other=0.0)
-        if UPCAST:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
-        scores = tl.dot(queries, key, input_precision="ieee") * (scale * 1.4426950408889634)  # softmax in base 2
-        if BIASED:
-            added = tl.load(bias_head_at + keys * bias_token, mask=key_kept, other=0.0)
-            lowest = tl.where(added == float("-inf"), float("-inf"), -1e38)  # finite stays finite in base 2
-            scores += tl.maximum(added * 1.4426950408889634, lowest)[None, :]
-        scores = tl.where(key_kept[None, :], scores, float("-inf"))
-        top = tl.maximum(maximum, tl.max(scores, 1))
-        zero = tl.where(top == float("-inf"), 0.0, top)  # no key so far: all scores are -inf and give 0
-        decay = tl.exp2(maximum - zero)
-        weights = tl.exp2(scores - zero[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        sums = sums * decay[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        maximum = top
+        first = tl.load(columns + block) * BLOCK_K + (part - block * parts) * KEYS
+        at = first.to(tl.int64)
+        maximum, total, sums = attend_part(
+            queries, k_head_at + at * k_token, v_head_at + at * v_token, bias_head_at + at * bias_token, first,
+            key_tokens, k_token, v_token, bias_token, scale, maximum, total, sums,
+            DIM, DIM_PADDED, KEYS, BIASED, False, UPCAST,  # type: ignore[reportArgumentType]
+        )  # fmt: skip
+    if RAGGED:
+        for part in range(whole * parts, end * parts):
+            block = part // parts
+            first = tl.load(columns + block) * BLOCK_K + (part - block * parts) * KEYS
+            at = first.to(tl.int64)
+            maximum, total, sums = attend_part(
+                queries, k_head_at + at * k_token, v_head_at + at * v_token, bias_head_at + at * bias_token, first,
+                key_tokens, k_token, v_token, bias_token, scale, maximum, total, sums,
+                DIM, DIM_PADDED, KEYS, BIASED, True, UPCAST,  # type: ignore[reportArgumentType]
+            )  # fmt: skip
 
     alive = total != 0.0
     result = sums / tl.where(alive, total, 1.0)[:, None]

@@ -37,7 +37,7 @@ def operator(
     """x [..., I] -> [..., O], checked by the caller; low_a and low_b are the low-rank factors."""
     weight = weight_of(x.shape[-1], codes, row_scale, codebook, signs, low_a, low_b, code_bits, block)
     tokens, limit = x.detach().reshape(-1, weight.inputs), int(scratch_mb * 2**20)
-    chosen = choose(tokens, impl)
+    chosen = choose(tokens, weight, impl)
     if chosen == "cpu":
         out = vq_cpu.product(tokens, weight, bias, limit)
     elif chosen == "triton" and len(tokens) <= vq_triton_kernel.FUSED_TOKENS:
@@ -65,7 +65,7 @@ def gradient_operator(
     """Gradient [..., O] of the result -> [..., I] of x."""
     weight = weight_of(inputs, codes, row_scale, codebook, signs, low_a, low_b, code_bits, block)
     rows = gradient.detach().reshape(-1, weight.outputs)
-    found = vq_tiles.input_gradient(rows, weight, int(scratch_mb * 2**20), choose(rows, impl))
+    found = vq_tiles.input_gradient(rows, weight, int(scratch_mb * 2**20), choose(rows, weight, impl))
     return found.view(*gradient.shape[:-1], inputs)
 
 
@@ -85,10 +85,11 @@ def weight_of(
     return Weight(codes, row_scale, codebook, code_bits, inputs, signs, block, low_rank)
 
 
-def choose(x: Tensor, impl: str) -> str:
+def choose(x: Tensor, weight: Weight, impl: str) -> str:
     """ "cpu", "torch" or "triton": what `impl` means for x [T, I]; may compile the C++ kernel."""
+    width = weight.codebook.shape[2]
     if impl in ("cpu", "triton"):
-        reason = vq_cpu.unavailable(x) if impl == "cpu" else vq_triton_kernel.unavailable(x)
+        reason = vq_cpu.unavailable(x) if impl == "cpu" else vq_triton_kernel.unavailable(x, width)
         if reason:
             raise KernelUnavailableError(f"impl={impl!r} cannot run here: {reason}; use impl='auto'.")
         return impl
@@ -96,7 +97,7 @@ def choose(x: Tensor, impl: str) -> str:
         return impl
     if x.device.type == "cpu":
         return "torch" if vq_cpu.unavailable(x) else "cpu"
-    return "torch" if vq_triton_kernel.unavailable(x) else "triton"
+    return "torch" if vq_triton_kernel.unavailable(x, width) else "triton"
 
 
 @operator.register_fake

@@ -1,7 +1,7 @@
-"""vq_linear by Triton programs, for CUDA. Not measured on a GPU: checked in Triton's interpreter only.
+"""vq_linear by Triton programs, for CUDA. Sizes of tiles were chosen on an H200 (docs/results/gpu-kernels.json).
 
 Few tokens: one program looks weights up and multiplies them. Many: rows are decoded into the scratch buffer and
-multiplied by cuBLAS there (vq_tiles.py). The rotation is a few small products of torch, either way.
+multiplied by cuBLAS there (vq_tiles.py). x is rotated by a program of its own, either way.
 """
 
 from __future__ import annotations
@@ -16,26 +16,60 @@ from dit_accel_kernels import vq_plain
 from dit_accel_kernels.triton_kernel import DTYPES, interpreted
 from dit_accel_kernels.vq_plain import Weight
 
-FUSED_TOKENS = 64  # up to which weights are looked up within the product; a guess, not measured
-TOKENS, ROWS, COLUMNS = 16, 64, 64  # of one product
+FUSED_TOKENS = 16  # up to which weights are looked up within the product
+TOKENS, ROWS, COLUMNS, WARPS = 16, 16, 256, 4  # of one product
+DECODED_ROWS, DECODED_COLUMNS = 4, 1024  # of the weight, by one program
+SMALLEST, LARGEST = 16, 4096  # Hadamard blocks that the program takes; a product has 16 rows and columns at the least
+ROTATED = 4096  # entries of x that one program rotates
 
 
-def unavailable(x: Tensor) -> str | None:
-    """Why the kernel cannot take x, in words; None if it can."""
+def unavailable(x: Tensor, width: int = 1) -> str | None:
+    """Why the programs cannot take x and codewords of so many weights, in words; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if x.device.type != "cuda" and not (interpreted() and x.device.type == "cpu"):
         return f"x is on {x.device}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 in the environment)"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, and the kernel takes float32, bfloat16 and float16"
+    if width & (width - 1):
+        return f"a codeword has {width} weights, and the kernel takes powers of two"
     return None
+
+
+def rotate(x: Tensor, weight: Weight, back: bool = False) -> Tensor:
+    """x [T, I] in rotated inputs, or with `back` the inverse -> [T, I] in x's dtype; x itself without signs."""
+    if weight.signs is None or not len(x):
+        return x
+    if not SMALLEST <= weight.block <= LARGEST:
+        return (vq_plain.unrotate if back else vq_plain.rotate)(x, weight.signs, weight.block)
+    from dit_accel_kernels.vq_triton_program import rotate_tile
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    left = 1 << (weight.block.bit_length() - 1) // 2 if weight.block >= SMALLEST**2 else 1
+    tokens = max(1, SMALLEST // left, ROTATED // weight.block)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    program: Any = rotate_tile[(-(-len(x) // tokens), weight.inputs // weight.block)]
+    program(
+        x,
+        weight.signs,
+        out,
+        x.stride(0),
+        len(x),
+        weight.inputs,
+        LEFT=left,
+        RIGHT=weight.block // left,
+        TOKENS=tokens,
+        BACK=back,
+        UPCAST=interpreted() and x.dtype == torch.bfloat16,
+    )
+    return out
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x [T, I] -> [T, O] in x's dtype by the program that looks weights up; beside it x in rotated inputs is kept."""
     from dit_accel_kernels.vq_triton_program import multiply_tile
 
-    turned = vq_plain.rotate(x, weight.signs, weight.block)
+    turned = rotate(x, weight)
     turned = turned if turned.stride(1) == 1 else turned.contiguous()
     out = torch.empty(len(x), weight.outputs, dtype=x.dtype, device=x.device)
     if not len(x):
@@ -69,7 +103,8 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         UPCAST=interpreted() and x.dtype == torch.bfloat16,
         TOKENS=TOKENS,
         ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        COLUMNS=max(COLUMNS, table.shape[2]),
+        num_warps=WARPS,
     )
     return out
 
@@ -78,9 +113,10 @@ def decode_into(weight: Weight, table: Tensor, rows: slice, out: Tensor) -> Tens
     """Rows from codes and scales alone -> `out` [rows, I], overwritten, in its dtype."""
     from dit_accel_kernels.vq_triton_program import decode_tile
 
-    codes, scales = weight.codes[rows], weight.row_scale[rows].detach().float().contiguous()
+    codes, scales = weight.codes[rows], weight.row_scale[rows].detach().contiguous()
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    program: Any = decode_tile[(-(-len(codes) // 8), -(-weight.inputs // 256))]
+    columns = max(DECODED_COLUMNS, table.shape[2])
+    program: Any = decode_tile[(-(-len(codes) // DECODED_ROWS), -(-weight.inputs // columns))]
     program(
         codes,
         scales,
@@ -94,13 +130,13 @@ def decode_into(weight: Weight, table: Tensor, rows: slice, out: Tensor) -> Tens
         STAGES=len(table),
         BITS=weight.code_bits,
         WIDTH=table.shape[2],
-        ROWS=8,
-        COLUMNS=256,
+        ROWS=DECODED_ROWS,
+        COLUMNS=columns,
     )
     return out
 
 
 def parts_of(weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes with contiguous rows, scales in float32, and the table of codewords in `dtype`."""
+    """Codes with contiguous rows, the scales, and the table of codewords in `dtype`."""
     codes = weight.codes if weight.codes.stride(1) == 1 else weight.codes.contiguous()
-    return codes, weight.row_scale.detach().float().contiguous(), weight.table(dtype)
+    return codes, weight.row_scale.detach().contiguous(), weight.table(dtype)

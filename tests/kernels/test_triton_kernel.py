@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: results in Triton's interpreter, and a real compile for two GPUs.
+"""The Triton kernel: results in Triton's interpreter, a real compile for two GPUs, and results on a GPU where one is.
 
 Triton decides at its import whether it interprets, so this file runs itself as a script with TRITON_INTERPRET=1, once,
 and the tests read what it printed.
@@ -32,6 +32,7 @@ class Case:
     dtype: str
     mask_shape: tuple[int, int] = (2, 2)
     biased: bool = False
+    scale: float | None = None
 
 
 CASES = [
@@ -42,11 +43,13 @@ CASES = [
     Case(90, 64, 80, 128, 32, "float16"),
     Case(64, 90, 64, 32, 64, "bfloat16"),
     Case(70, 64, 128, 64, 64, "bfloat16", (1, 1), biased=True),
+    Case(64, 100, 32, 32, 32, "float32", scale=-0.3),
+    Case(64, 128, 32, 32, 32, "float32", scale=0.0),
 ]
 HALF_UNIT = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 
 
-def run(case: Case) -> dict[str, float | bool]:
+def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
     """Largest errors of one case against the reference in float64, the output's as a multiple of its tolerance."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -61,8 +64,13 @@ def run(case: Case) -> dict[str, float | bool]:
     mask = BlockMask.from_dense(keep, (case.block_q, case.block_k))
     bias = torch.randn(2, case.key_tokens).index_fill(1, torch.arange(20), -float("inf")) if case.biased else None
     doubles = (x.double() for x in (q, k, v))
-    exact, exact_lse = block_sparse_attention(*doubles, mask, key_bias=bias, return_lse=True, impl="reference")
-    out, lse = block_sparse_attention(q, k, v, mask, key_bias=bias, return_lse=True, impl="triton")
+    exact, exact_lse = block_sparse_attention(
+        *doubles, mask, scale=case.scale, key_bias=bias, return_lse=True, impl="reference"
+    )
+    q, k, v, on = q.to(device), k.to(device), v.to(device), mask.to(device)
+    bias = bias.to(device) if bias is not None else None
+    found = block_sparse_attention(q, k, v, on, scale=case.scale, key_bias=bias, return_lse=True, impl="triton")
+    out, lse = (x.cpu() for x in found)
     # As for the C++ kernel, and in half precision once more the unit for the weights, which are rounded before the
     # product with v (at most 1 in sum, so the error is at most that of the largest value, about 4).
     unit = HALF_UNIT[case.dtype]
@@ -89,7 +97,16 @@ def results() -> list[dict[str, float | bool]]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_interpreted_results(results: list[dict[str, float | bool]], number: int) -> None:
-    result = results[number]
+    check(results[number])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_on_a_gpu(case: Case) -> None:
+    check(run(case, "cuda"))
+
+
+def check(result: dict[str, float | bool]) -> None:
     assert result["error"] <= 1
     assert result["lse_error"] <= 4e-6  # float32, as for the C++ kernel
     assert result["some_dead"]
@@ -125,7 +142,7 @@ def test_it_compiles_for_cuda(capability: int, element: str, dim: int) -> None:
     mask = BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), 64)
     rows, keys = tile_sizes(mask, dim, 2)
     constants = {"DIM": dim, "DIM_PADDED": dim, "BLOCK_Q": 64, "BLOCK_K": 64, "ROWS": rows, "KEYS": keys}
-    constants |= {"BIASED": True, "UPCAST": False}
+    constants |= {"BIASED": True, "RAGGED": True, "UPCAST": False}
     pointers = dict.fromkeys(("q", "k", "v", "out"), f"*{element}") | {"bias": "*fp32", "lse": "*fp32", "scale": "fp32"}
     pointers |= {"row_pointers": "*i32", "columns": "*i32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: pointers.get(name, "i32") for name in attend_tile.arg_names}

@@ -1,4 +1,4 @@
-"""vq_linear's Triton programs without a GPU: results in Triton's interpreter, and a real compile for a GPU.
+"""vq_linear's Triton programs: results in Triton's interpreter, a real compile for a GPU, results on one where it is.
 
 Triton decides at its import whether it interprets, so this file runs itself as a script with TRITON_INTERPRET=1, once,
 and the tests read what it printed.
@@ -11,17 +11,19 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from dit_accel_kernels import vq_linear, vq_triton_kernel
+from dit_accel_kernels import vq_linear, vq_plain, vq_triton_kernel
+from dit_accel_kernels.vq_plain import Weight
 
 pytest.importorskip("triton")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one run; `tokens` above 64 go by the decoded scratch, fewer by the fused product."""
+    """Inputs of one run; `tokens` above 16 go by the decoded scratch, fewer by the fused product."""
 
     tokens: int
     inputs: int
@@ -50,7 +52,7 @@ CASES = [
 HALF_UNIT = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 
 
-def run(case: Case) -> dict[str, float | bool]:
+def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
     """Largest error of one case as a multiple of its tolerance, with the state of things that must hold."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -68,12 +70,18 @@ def run(case: Case) -> dict[str, float | bool]:
     }
     x = torch.randn(case.tokens, case.inputs).to(dtype)
     exact = vq_linear(x.double(), **weight, impl="reference")
-    out = vq_linear(x, **weight, impl="triton")
+    out = vq_linear(x.to(device), **on_device(weight, device), impl="triton").cpu()
     # float32: as for the other implementations. In half precision x in rotated inputs, weights and parts are rounded:
     # a unit for each of the terms, which add up like a random walk, so a multiple of the spread of the results.
     tolerance = (1e-5 + 8 * HALF_UNIT[case.dtype]) * exact.abs().max().clamp(min=1.0) if case.tokens else 1.0
     error = ((out.double() - exact).abs() / tolerance).max().item() if case.tokens else 0.0
     return {"error": error, "same_kind": out.dtype == dtype and out.shape == exact.shape}
+
+
+def on_device(weight: dict[str, Any], device: str) -> dict[str, Any]:
+    """Arguments of vq_linear with their tensors there, those of `low_rank` too."""
+    move = lambda value: value.to(device) if isinstance(value, torch.Tensor) else value  # noqa: E731
+    return {key: tuple(map(move, value)) if isinstance(value, tuple) else move(value) for key, value in weight.items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +99,43 @@ def test_results_in_the_interpreter(case: Case, results: dict[str, dict[str, flo
     assert found["same_kind"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_on_a_gpu(case: Case) -> None:
+    found = run(case, "cuda")
+    assert found["error"] <= 1
+    assert found["same_kind"]
+
+
+ROTATIONS = [(block, dtype, back) for block in (8, 16, 128, 256, 1024, 4096) for dtype in HALF_UNIT for back in (0, 1)]
+
+
+def rotation_error(block: int, dtype: str, back: int, device: str = "cpu") -> float:
+    """Largest error of a rotation or its inverse against float64, as a multiple of its tolerance."""
+    torch.manual_seed(block)
+    kind = getattr(torch, dtype)
+    x, signs = torch.randn(5, 3 * block).to(kind), torch.randint(0, 256, (-(-3 * block // 8),), dtype=torch.uint8)
+    nothing = torch.zeros(1, dtype=torch.uint8, device=device)
+    weight = Weight(nothing, nothing, nothing, 8, 3 * block, signs.to(device), block)
+    exact = (vq_plain.unrotate if back else vq_plain.rotate)(x.double(), signs, block)
+    found = vq_triton_kernel.rotate(x.to(device), weight, back=bool(back)).cpu().double()
+    # Half a unit of the result, and of what stands between the two products, which adds up like a random walk.
+    return ((found - exact).abs() / (1e-5 + 4 * HALF_UNIT[dtype] * exact.abs().clamp(min=1.0))).max().item()
+
+
+@pytest.mark.parametrize("number", range(len(ROTATIONS)), ids=[str(one) for one in ROTATIONS])
+def test_rotations_in_the_interpreter(results: dict[str, Any], number: int) -> None:
+    assert results["rotations"][number] <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("block", "dtype", "back"), ROTATIONS)
+def test_rotations_on_a_gpu(block: int, dtype: str, back: int) -> None:
+    assert rotation_error(block, dtype, back, "cuda") <= 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for CUDA comes with its Linux wheels")
-@pytest.mark.parametrize("program", ["multiply_tile", "decode_tile"])
+@pytest.mark.parametrize("program", ["multiply_tile", "decode_tile", "rotate_tile"])
 def test_it_compiles_for_cuda(program: str) -> None:
     """To machine code, without a GPU; shared memory must fit the 99 KiB that every GPU since 2020 has."""
     import triton
@@ -101,10 +144,12 @@ def test_it_compiles_for_cuda(program: str) -> None:
     from triton.compiler import ASTSource
 
     function = getattr(vq_triton_program, program)
-    tile = {"TOKENS": 16, "ROWS": 64, "COLUMNS": 64, "ADDED": True, "BIASED": True, "UPCAST": False}
+    tile = {"TOKENS": 16, "ROWS": 16, "COLUMNS": 256, "ADDED": True, "BIASED": True, "UPCAST": False}
+    tile |= {"LEFT": 32, "RIGHT": 32, "BACK": False} | ({"TOKENS": 4} if program == "rotate_tile" else {})
     constants = {name: value for name, value in tile.items() if name in function.arg_names}
-    constants |= {"STAGES": 2, "BITS": 6, "WIDTH": 2}
-    pointers = dict.fromkeys(("x", "table", "added", "bias", "out"), "*bf16") | {"codes": "*u8", "row_scale": "*fp32"}
+    constants |= {"STAGES": 2, "BITS": 6, "WIDTH": 2} if "STAGES" in function.arg_names else {}
+    pointers = dict.fromkeys(("x", "table", "added", "bias", "out"), "*bf16") | {"codes": "*u8", "signs": "*u8"}
+    pointers |= {"row_scale": "*fp32"}
     pointers |= dict.fromkeys(constants, "constexpr")
     signature = {name: pointers.get(name, "i32") for name in function.arg_names}
     kernel = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 80, 32))
@@ -121,4 +166,4 @@ def test_what_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({str(case): run(case) for case in CASES}))
+    print(json.dumps({str(case): run(case) for case in CASES} | {"rotations": [rotation_error(*r) for r in ROTATIONS]}))
