@@ -50,6 +50,7 @@ class Session:
         self._runs = 0
         self.stage_bias = 0.0  # added to the scores of text keys, while a smaller stage of Progressive is in force
         self.calibration = Calibration(policy.cache)
+        self._included: list[Any] = []
         self._scheduler: Any = None
         self._unwrap_scheduler: Callable[[], None] | None = None
         self.active = False
@@ -63,7 +64,7 @@ class Session:
             if self.policy.weights is not None and self._can_quantize(replaced=False):
                 self.quantized = quantize(self.target, self.policy.weights, undo, arguments=self.arguments)
             if is_pipeline(self.target):
-                undo.callback(wrap_instance(self.target, self, {"__call__": self._pipeline_call()}))
+                undo.callback(wrap_instance(self.target, self, {"__call__": self._pipeline_call(self.target)}))
                 undo.callback(self._release_scheduler)
             for name, module in modules.items():
                 self.denoisers[name] = AttachedDenoiser(self, name, module)
@@ -124,6 +125,33 @@ class Session:
                 raise UnsupportedModelError(f"{sentence}; give a denoiser, or use the policy 'exact'.")
             self.stats.warn(f"{sentence}; it is always computed.")
 
+    def include(self, pipe: Any) -> None:
+        """Accelerate the calls of another pipeline that holds the same denoisers too, such as one that `from_pipe` made
+        of the target: it alone opens no runs, so that its calls are plain. `remove()` takes this back as well.
+
+        Raises UnsupportedModelError where it is no pipeline, has another denoiser, belongs to a session, or where the
+        policy has stages of several sizes; DitAccelError after `remove()`.
+        """
+        with self.lock:
+            if not self.active:
+                raise DitAccelError("This session was removed, so nothing would be skipped; call apply again.")
+            reason = self._why_not_included(pipe)
+            if reason is not None:
+                raise UnsupportedModelError(f"{type(pipe).__name__} cannot be included in this session: {reason}.")
+            self._undo.callback(wrap_instance(pipe, self, {"__call__": self._pipeline_call(pipe)}))
+            self._undo.callback(self._included.remove, pipe)
+            self._included.append(pipe)
+
+    def _why_not_included(self, pipe: Any) -> str | None:
+        if not is_pipeline(pipe) or not is_pipeline(self.target):
+            return "only pipelines open runs by themselves; give another pipeline of the denoisers of the first"
+        if any(pipe is other for other in (self.target, *self._included)) or owner_of(pipe) not in (None, self):
+            return "it belongs to a session already"
+        unknown = self._unknown_denoisers(pipe)
+        if unknown:
+            return f"its {unknown[0]} is none of the denoisers of this session; call apply on it instead"
+        return "the policy makes stages of several sizes of the first pipeline alone" if self.policy.is_staged else None
+
     def remove(self) -> None:
         """Take everything back, last first; the target is exactly what it was. Safe to call twice."""
         with self.lock:
@@ -137,27 +165,28 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _pipeline_call(self) -> Callable[..., Any]:
-        base, session = type(self.target), self
+    def _pipeline_call(self, target: Any) -> Callable[..., Any]:
+        """target: of the session, or a pipeline that was included."""
+        base, session = type(target), self
 
         @wraps(base.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            if pipe is not session.target:
+            if pipe is not target:
                 return base.__call__(pipe, *args, **kwargs)
-            with session._open_run(None):
+            with session._open_run(None, pipe=target):
                 if session.policy.is_staged:
                     return run_stages(session, base.__call__, args, kwargs)
                 return base.__call__(pipe, *args, **kwargs)
 
         return call
 
-    def _hold_scheduler(self, scheduler: Any = None) -> Any:
+    def _hold_scheduler(self, target: Any, scheduler: Any = None) -> Any:
         """Make a scheduler tell the clock about its steps; follows one that was exchanged in its pipeline.
 
-        scheduler: of a bare transformer's run.
+        target: that is about to run; scheduler: of a bare transformer's run.
         """
-        if is_pipeline(self.target):
-            scheduler = getattr(self.target, "scheduler", None)
+        if is_pipeline(target):
+            scheduler = getattr(target, "scheduler", None)
         if scheduler is self._scheduler:
             return scheduler
         self._release_scheduler()
@@ -298,13 +327,17 @@ class Session:
                 self._release_scheduler()
 
     @contextlib.contextmanager
-    def _open_run(self, steps: int | None, given: Any = None) -> Iterator[None]:
-        """One run: fresh state before, none after, whatever happens between. Threads take turns."""
+    def _open_run(self, steps: int | None, given: Any = None, pipe: Any = None) -> Iterator[None]:
+        """One run: fresh state before, none after, whatever happens between. Threads take turns.
+
+        given: the scheduler of a bare transformer's run; pipe: that runs.
+        """
+        target = self.target if pipe is None else pipe
         with self.lock:
-            self._check_still_ours()
+            self._check_still_ours(target)
             earlier = self._run
-            scheduler = self._hold_scheduler(given)
-            clock = Clock(self.target if scheduler is not None else None, scheduler, steps)
+            scheduler = self._hold_scheduler(target, given)
+            clock = Clock(target if scheduler is not None else None, scheduler, steps)
             self._run = RunState(self._runs, clock, [Lane(self._corrector(scheduler))])
             self._runs += 1
             for attached in self.denoisers.values():
@@ -344,20 +377,28 @@ class Session:
         run = self._run
         return run if run is not None and run.thread == threading.get_ident() else None
 
-    def _check_still_ours(self) -> None:
+    def _check_still_ours(self, target: Any) -> None:
         """Things that may have changed since `apply`: another cache was put on, a component was exchanged."""
         modules = {name: attached.component for name, attached in self.denoisers.items()}
         for attached in self.denoisers.values():
             attached.check_compiled()
         for name in self.quantized:
             check_at_hand(name, self.denoisers[name].module)
-        foreign = foreign_cache(self.target, modules)
+        foreign = foreign_cache(target, modules)
         if foreign is not None:
             raise UnsupportedModelError(f"Another cache was put on after apply: {foreign}.")
-        components = components_of(self.target) if is_pipeline(self.target) else modules
-        for name, module in modules.items():
-            if components.get(name) is not module:
-                self.stats.warn(f"{name} was exchanged after apply, so it is not accelerated; call apply again.")
+        if target is self.target:
+            components = components_of(target) if is_pipeline(target) else modules
+            exchanged = [name for name, module in modules.items() if components.get(name) is not module]
+        else:
+            exchanged = self._unknown_denoisers(target)
+        for name in exchanged:
+            self.stats.warn(f"{name} was exchanged after apply, so it is not accelerated; call apply again.")
+
+    def _unknown_denoisers(self, pipe: Any) -> list[str]:
+        """Names of the denoisers of another pipeline that are none of this session's."""
+        own = [attached.component for attached in self.denoisers.values()]
+        return [name for name, module in find_denoisers(pipe).items() if all(module is not other for other in own)]
 
     def check_steps(self, run: RunState) -> None:
         """Refuse a run that is too short for the policy to skip anything (under strict)."""

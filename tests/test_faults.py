@@ -363,10 +363,10 @@ def test_a_half_done_apply_rolls_back(failing: int, earlier: str | None, monkeyp
     count = itertools.count()
 
     def failing_at(wrap: Callable[..., Any]) -> Callable[..., Any]:
-        def fail(*args: Any) -> Callable[[], None]:
+        def fail(*args: Any, **options: Any) -> Callable[[], None]:
             if next(count) == failing:
                 raise Boom("half-way")
-            return wrap(*args)
+            return wrap(*args, **options)
 
         return fail
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,17 @@ def no_warning() -> Iterator[None]:
 
 def apart(result: Tensor, plain: Tensor) -> float:
     return float((result - plain).norm() / plain.norm())
+
+
+@contextlib.contextmanager
+def projected(pipe: Any) -> Iterator[list[int]]:
+    """The numbers of tokens that the second projections of the feed-forward layers are given."""
+    rows: list[int] = []
+    layers = [module for name, module in pipe.transformer.named_modules() if name.endswith("net.2")]
+    handles = [layer.register_forward_pre_hook(lambda m, given: rows.append(given[0].shape[1])) for layer in layers]
+    yield rows
+    for handle in handles:
+        handle.remove()
 
 
 def decisions(session: dit_accel.Session) -> list[tuple[str, str]]:
@@ -283,3 +296,52 @@ def test_compiling_later_leaves_slices_outside_or_says_why_not() -> None:
             torch.compile(model, backend="eager", fullgraph=True)(tokens)
     torch.compiler.reset()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(tokens), plain)
+
+
+BLOCK_BY_BLOCK = Policy(BlockCache(threshold=None, max_skips=1, warmup=2, tail=1, scope=Scope(unit="block")))
+
+
+def compile_in_place(pipe: Any) -> None:
+    pipe.transformer.compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "removed_first"),
+    [
+        ("wan", "apply slice compile", "slicing"),
+        pytest.param("flux", "apply slice compile", "session", marks=pytest.mark.slow),
+        pytest.param("flux", "slice apply compile", "slicing", marks=pytest.mark.slow),
+        pytest.param("wan", "slice apply compile", "session", marks=pytest.mark.slow),
+        pytest.param("wan", "slice compile apply", "session", marks=pytest.mark.slow),
+        pytest.param("flux", "slice compile apply", "slicing", marks=pytest.mark.slow),
+    ],
+)
+def test_single_blocks_are_skipped_in_a_model_compiled_whole_with_its_layers_sliced(
+    name: str, order: str, removed_first: str
+) -> None:
+    tiny = tiny_pipelines.build(name, blocks=4)
+    with projected(tiny.pipe) as whole:
+        plain = tiny_pipelines.call(tiny)
+    before = traces(tiny.pipe)
+    with dit_accel.apply(tiny.pipe, BLOCK_BY_BLOCK) as session:
+        expected, decided = tiny_pipelines.call(tiny), decisions(session)
+    torch.compiler.reset()
+    steps: dict[str, Callable[[], Any]] = {
+        "apply": lambda: dit_accel.apply(tiny.pipe, BLOCK_BY_BLOCK),
+        "slice": lambda: dit_accel.slice_features(tiny.pipe, 3),
+        "compile": lambda: compile_in_place(tiny.pipe),
+    }
+    made = {step: steps[step]() for step in order.split()}
+    session, slicing = made["apply"], made["slice"]
+    with projected(tiny.pipe) as rows:
+        results = [tiny_pipelines.call(tiny) for _ in range(2)]
+    assert torch.equal(*results) and apart(results[0], expected) <= TOLERANCE
+    assert decisions(session) == 2 * decided and any("-" in blocks and "#" in blocks for _, blocks in decided)
+    assert slicing.layers and max(rows) < max(whole)
+    by_name = {"session": session, "slicing": slicing}
+    by_name.pop(removed_first).remove()
+    assert apart(tiny_pipelines.call(tiny), expected if removed_first == "slicing" else plain) <= TOLERANCE
+    by_name.popitem()[1].remove()
+    assert apart(tiny_pipelines.call(tiny), plain) <= TOLERANCE
+    torch.compiler.reset()
+    assert [item[:1] for item in traces(tiny.pipe)] == [item[:1] for item in before]

@@ -7,6 +7,7 @@ decision made there stays outside compiled code; and a class is not copied, so c
 from __future__ import annotations
 
 import copyreg
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -14,16 +15,21 @@ _MARK = "_dit_accel_owner"
 _REMOVED = "_dit_accel_removed"
 
 
-def wrap_instance(instance: Any, owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+def wrap_instance(
+    instance: Any, owner: Any, methods: dict[str, Callable[..., Any]], *, equal: bool = False
+) -> Callable[[], None]:
     """Give `instance` a subclass of its own class with these methods; returns the inverse.
 
-    owner: what `owner_of` answers while the wrap is on. Wraps of one instance may be taken back in any order: one that
-    lies under another loses its methods at once, and its place in the chain with the one above it.
+    owner: what `owner_of` answers while the wrap is on. equal: the subclass is equal to the class, for those who look
+    one up among several, as `DiffusionPipeline.from_pipe` does. Wraps of one instance may be taken back in any order:
+    one that lies under another loses its methods at once, and its place in the chain with the one above it.
     """
-    return wrap_instances([instance], owner, methods)
+    return wrap_instances([instance], owner, methods, equal=equal)
 
 
-def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+def wrap_instances(
+    instances: Sequence[Any], owner: Any, methods: dict[str, Callable[..., Any]], *, equal: bool = False
+) -> Callable[[], None]:
     """The same for several instances of one class, which share the subclass: `torch.compile` makes one graph for blocks
     of one class."""
     base: Any = type(instances[0])
@@ -49,7 +55,7 @@ def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Call
         _MARK: owner,
         **methods,
     }
-    wrapped = type(base)(base.__name__, (base,), namespace)
+    wrapped = (_equal_to_plain(type(base)) if equal else type(base))(base.__name__, (base,), namespace)
     for instance in instances:
         instance.__class__ = wrapped
 
@@ -62,6 +68,31 @@ def wrap_instances(instances: Sequence[Any], owner: Any, methods: dict[str, Call
                 instance.__class__ = type(instance).__base__
 
     return unwrap
+
+
+def plain_class(kind: type) -> type:
+    """A class without the wraps on it."""
+    while {_MARK, _REMOVED} & vars(kind).keys():
+        kind = kind.__base__  # pyright: ignore[reportAssignmentType]
+    return kind
+
+
+class _EqualToPlain(type):
+    """Metaclass of subclasses that are equal to the class under all wraps."""
+
+    def __eq__(cls, other: object) -> bool:
+        return isinstance(other, type) and plain_class(cls) is plain_class(other)
+
+    def __hash__(cls) -> int:
+        return hash(plain_class(cls))
+
+
+@functools.cache
+def _equal_to_plain(kind: type) -> type:
+    """The same, of another metaclass."""
+    if issubclass(kind, _EqualToPlain):
+        return kind
+    return _EqualToPlain if kind is type else type(kind.__name__, (_EqualToPlain, kind), {})
 
 
 def owner_of(instance: Any) -> Any | None:

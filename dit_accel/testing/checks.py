@@ -20,7 +20,7 @@ FORCED = Policy(BlockCache(threshold=None, max_skips=2, warmup=2, tail=0), Forec
 
 
 def traces(target: Any) -> list[tuple[Any, ...]]:
-    """Class, attributes and hooks of a pipeline or module, and of every component and module inside it."""
+    """Classes, attributes and hooks of a pipeline or module, and of every component and module inside it."""
     parts = list(components_of(target).values()) if is_pipeline(target) else []
     modules = [inner for part in (target, *parts) if isinstance(part, nn.Module) for inner in part.modules()]
     return [_traces_of(item) for item in (target, *parts, *modules) if item is not None]
@@ -29,7 +29,8 @@ def traces(target: Any) -> list[tuple[Any, ...]]:
 def _traces_of(item: Any) -> tuple[Any, ...]:
     attributes = dict(getattr(item, "__dict__", {}))
     hooks = {name: len(value) for name, value in attributes.items() if "hooks" in name and isinstance(value, dict)}
-    return type(item), set(attributes), hooks
+    # with its bases, since the class of a wrapped denoiser is equal to the plain one
+    return type(item).__mro__, set(attributes), hooks
 
 
 @contextlib.contextmanager

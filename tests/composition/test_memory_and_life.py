@@ -1,4 +1,4 @@
-"""The cells of the matrix in which a pipeline is offloaded, cast, saved, copied, shared."""
+"""The cells of the matrix in which a pipeline is offloaded, cast, sliced, saved, copied, shared."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dit_accel.testing.composition.table import check
 
 CELLS = [
     pytest.param(cell, id=cell.name, marks=[pytest.mark.slow] if cell.slow else [])
-    for cell in cells("offload and memory", "life of the objects")
+    for cell in cells("offload and memory", "feature slicing", "life of the objects")
 ]
 
 

@@ -96,6 +96,22 @@ def test_unwrap_gives_exactly_the_class_back(make: Callable[[], Any]) -> None:
 
 
 @every_kind
+def test_an_equal_subclass_is_found_where_classes_are_looked_up(make: Callable[[], Any]) -> None:
+    instance, other = make(), make()
+    base = type(instance)
+    unwraps = [wrap_instance(instance, number, saying("wrapped"), equal=True) for number in range(2)]
+    wrap_instance(other, "other", saying("other"), equal=True)
+    assert type(instance) is not base and type(instance) in (base,) and base in {type(instance)}
+    assert type(instance) in (type(other),) and type(instance) not in (int,) and {base: 1}[type(other)] == 1
+    unwraps[0]()
+    assert instance() == "wrapped" and type(instance) in (base,)
+    unwraps[1]()
+    assert type(instance) is base and type(type(instance)) is type(base)
+    wrap_instance(instance, 2, saying("wrapped"))
+    assert type(instance) not in (base,)
+
+
+@every_kind
 def test_a_wrapped_instance_passes_for_its_class(make: Callable[[], Any]) -> None:
     instance = make()
     base = type(instance)

@@ -42,8 +42,8 @@ class Circumstance:
     """enter: brings it about. after: this happens after `apply`, else before. changes: what the pipe gives is changed,
     so that results are compared with the plain pipe in the circumstance; else with the same policy without it.
     rounding, because: relative L2 by which it may differ, where the same numbers are computed in another order.
-    refused: mechanism -> part of the sentence that refuses it. impossible: part of what diffusers or torch itself say,
-    where the plain pipe fails as well. needs: a package. slow: needs minutes.
+    refused: mechanism -> part of the sentence that refuses it. impossible: part of what diffusers, torch or
+    `slice_features` say, where the plain pipe fails as well. needs: a package. slow: needs minutes.
     """
 
     name: str

@@ -15,13 +15,13 @@ def _fresh(setting: Setting) -> None:
     setting.undo.callback(torch._dynamo.reset)
 
 
-def blocks(**options: Any) -> Enter:
-    """Each kind of block as one graph."""
+def blocks(fullgraph: bool = True, **options: Any) -> Enter:
+    """Each kind of block as one graph. fullgraph: False allows breaks in it."""
 
     def enter(setting: Setting) -> None:
         _fresh(setting)
         for denoiser in setting.denoisers:
-            denoiser.compile_repeated_blocks(fullgraph=True, **options)
+            denoiser.compile_repeated_blocks(fullgraph=fullgraph, **options)
 
     return enter
 

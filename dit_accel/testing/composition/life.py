@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 
-from dit_accel.testing.composition.circumstance import Circumstance, Setting
+from dit_accel.denoiser.subclass import owner_of
+from dit_accel.testing.composition.circumstance import Circumstance, Enter, Setting
 
 
 def _absent(pipe: Any) -> dict[str, None]:
@@ -25,11 +29,33 @@ def saved(setting: Setting) -> None:
     assert "dit_accel" not in repr(type(loaded.transformer))
 
 
+def _from_pipe(setting: Setting) -> Any:
+    """What `from_pipe` of the plain class makes of the pipeline, which may be wrapped."""
+    return getattr(diffusers, type(setting.pipe).__name__).from_pipe(setting.pipe, **_absent(setting.pipe))
+
+
 def from_pipe(setting: Setting) -> None:
-    """Another pipeline of the same components; the session stays with the first. diffusers takes over models of the
-    exact class that it expects, so that a wrapped one has to be handed to it."""
+    """Another pipeline takes over the components, the wrapped denoiser too; the session stays with the first."""
     setting.call()
-    type(setting.pipe).from_pipe(setting.pipe, transformer=setting.pipe.transformer)
+    other = _from_pipe(setting)
+    assert all(getattr(other, name) is getattr(setting.pipe, name) for name in setting.tiny.denoisers)
+
+
+def included(make: Callable[[Setting], Any]) -> Enter:
+    """The session accelerates the other pipeline too, and that is the one which is called."""
+
+    def enter(setting: Setting) -> None:
+        setting.call()
+        other, session = make(setting), owner_of(setting.pipe)
+        if session is not None:
+            session.include(other)
+        setting.tiny = dataclasses.replace(setting.tiny, pipe=other)
+
+    return enter
+
+
+def _of_the_same_parts(setting: Setting) -> Any:
+    return getattr(diffusers, type(setting.pipe).__name__)(**setting.pipe.components)
 
 
 def copied(setting: Setting) -> None:
@@ -84,7 +110,10 @@ def interrupted(setting: Setting) -> None:
         del setting.arguments["callback_on_step_end"]
 
 
-_CAST = dict.fromkeys(("weights", "all"), "Casting a quantized model to a new `dtype` is unsupported")  # says diffusers
+# says diffusers, whose from_pipe casts what it takes over
+_CAST = dict.fromkeys(("weights", "all"), "Casting a quantized model to a new `dtype` is unsupported")
+
+_SHARED = ("dit", "flux", "wan")
 
 CIRCUMSTANCES = (
     *(
@@ -100,8 +129,11 @@ CIRCUMSTANCES = (
             "an interrupted call": interrupted,
         }.items()
     ),
-    # the tiny Flux pipeline lacks text encoders, which from_pipe asks for
+    Circumstance("apply, then from_pipe", from_pipe, _SHARED, after=True, refused=_CAST),
     Circumstance(
-        "apply, then from_pipe(pipe, transformer=pipe.transformer)", from_pipe, ("dit",), after=True, refused=_CAST
+        "apply, then from_pipe, and session.include", included(_from_pipe), _SHARED, after=True, refused=_CAST
+    ),
+    Circumstance(
+        "apply, then a second pipeline, and session.include", included(_of_the_same_parts), _SHARED, after=True
     ),
 )
