@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-parallel bench-slicing evidence clean help
+.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-offload bench-parallel bench-slicing evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-weights-tiny-flux  every way to store weights in 2 to 4 bits, ours and rivals' (an hour)"
 	@echo "make composition  every mechanism in every circumstance, the slow ones too, and its table (20 minutes)"
 	@echo "make bench-compile  caches and torch.compile together, ours and rivals' (15 minutes)"
+	@echo "make bench-offload  what is loaded and held while weights lie elsewhere, ours and rivals' (5 minutes)"
 	@echo "make bench-parallel  gates on two processes that share one sequence, beside the rivals' (10 minutes)"
 	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
 	@echo "make bench-slicing  peak memory and time of a Wan-shaped model with its feed-forward layers in slices (10 minutes)"
@@ -119,6 +120,10 @@ bench-slicing: $(VENV)/.installed-bench
 # Caches and torch.compile together, beside cache-dit and diffusers' caches.
 bench-compile: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.compile --out docs/results
+
+# Caches and offload together, beside cache-dit and diffusers' caches: blocks loaded, features held, time.
+bench-offload: $(VENV)/.installed-bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m dit_accel.bench.offload --out docs/results
 
 # Every mechanism in every circumstance; writes docs/results/composition.json and the table in docs/composition.md.
 composition: $(VENV)/.installed-test $(VENV)/.installed-bench

@@ -87,6 +87,13 @@ def weights_kept_away(module: nn.Module) -> str | None:
     return None
 
 
+def put_away(module: nn.Module) -> None:
+    """Offload a module that group offload has loaded, where its call was left half-way, so that no hook does so."""
+    hook = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).get("group_offloading")
+    if hook is not None and hook.group.offload_leader is module:
+        hook.group.offload_()
+
+
 def adapters_in_force(module: nn.Module) -> tuple[Any, ...]:
     """Which adapters of PEFT act in each layer, and how strongly; () without any."""
     if not getattr(module, "_hf_peft_config_loaded", False):
@@ -128,20 +135,21 @@ def context_group(module: nn.Module) -> Any:
     return mesh.get_group() if mesh is not None and mesh.size() > 1 else None
 
 
+def splits_of(module: nn.Module) -> list[Any]:
+    """The hooks inside `__call__` by which context parallelism splits a module's arguments over ranks; mostly none."""
+    registry = module.__dict__.get("_diffusers_hook")
+    return [] if registry is None else [h.fn_ref for name, h in registry.hooks.items() if name.startswith("cp_input")]
+
+
 @contextlib.contextmanager
 def split_ahead(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    splits: Sequence[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of a call as context parallelism splits them for this rank; meanwhile its hook lets them be.
+    """The arguments of a call as context parallelism splits them for this rank; meanwhile its hooks let them be.
 
-    The hook sits inside `__call__` (Wan's first block has one), so that who watches calls from outside would see the
-    whole sequence go in and a part come out.
+    splits: of `splits_of`. Wan's first block has one: who watches calls from outside would see the whole sequence go in
+    and a part come out.
     """
-    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
-    splits = [hook.fn_ref for name, hook in hooks.items() if name.startswith("cp_input")]
-    if not splits:
-        yield args, kwargs
-        return
     kept = [split.pre_forward for split in splits]
     try:
         for split in reversed(splits):  # the hook registered last runs first

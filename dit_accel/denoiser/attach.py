@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dit_accel.attention.route import attach_layers
-from dit_accel.denoiser.forward import Forward
+from dit_accel.denoiser.forward import Forward, HeadSkipped
 from dit_accel.denoiser.layers import layers_of
 from dit_accel.denoiser.serve import ServedDenoiser, holding
 from dit_accel.denoiser.subclass import alike, wrap_instance, wrap_instances
-from dit_accel.diffusers_bridge import is_compiled, registered_as_blocks, split_ahead
+from dit_accel.diffusers_bridge import is_compiled, put_away, registered_as_blocks, split_ahead, splits_of
 from dit_accel.errors import UnsupportedModelError
 
 
@@ -33,10 +33,10 @@ class AttachedDenoiser(ServedDenoiser):
                 return base.__call__(module, *args, **kwargs)
             return attached.call(lambda *a, **k: base.__call__(module, *a, **k), args, kwargs)
 
-        undo.callback(wrap_instance(component, self.session, {"__call__": call}))
+        undo.callback(wrap_instance(component, self.session, {"__call__": call}, equal=True))
         if hasattr(type(self.module), "cache_context"):
             context = self._context_method(type(self.module))
-            undo.callback(wrap_instance(self.module, self.session, {"cache_context": context}))
+            undo.callback(wrap_instance(self.module, self.session, {"cache_context": context}, equal=True))
         if self.attention:  # before the cache's, which then lie around these: what is skipped costs no search
             attach_layers(self.attention, self.session, self.here, undo)
         self.check_compiled()
@@ -103,25 +103,35 @@ class AttachedDenoiser(ServedDenoiser):
 
             if forward is None:
                 return attached.run_block(number, lambda: plain(module, *args, **kwargs), args, kwargs)
-            with split_ahead(module, args, kwargs) as (own, named):
 
-                def run() -> Any:
-                    return attached.run_block(number, lambda: plain(module, *own, **named), own, named)
-
+            def routed(own: Any, named: Any) -> Any:
+                run = lambda: attached.run_block(number, lambda: plain(module, *own, **named), own, named)  # noqa: E731
                 return forward.block(number, base, attached.blocks[number][1], run, own, named)
+
+            splits = splits_of(module)
+            if not splits:
+                return routed(args, kwargs)
+            with split_ahead(splits, module, args, kwargs) as (own, named):
+                return routed(own, named)
 
         return call
 
     def run_block(self, number: int, plain: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         """Run a block: compiled by itself, where the model is compiled as a whole and yet may be skipped in part."""
-        with holding(self.here, "block", number):
-            if self.here.by_block is not None:
-                return self.compiled_block(number, self.here.by_block)(*args, **kwargs)
-            forward = self.here.forward
-            if forward is None or not forward.waits_for_norm:
+        here = self.here
+        earlier, here.block = here.block, number
+        try:
+            if here.by_block is not None:
+                return self.compiled_block(number, here.by_block)(*args, **kwargs)
+            if here.forward is None or not here.forward.waits_for_norm:
                 return plain()
-            with _watched_norms(self.blocks[number][0], forward):
+            with _watched_norms(self.blocks[number][0], here.forward):
                 return plain()
+        except HeadSkipped:
+            put_away(self.blocks[number][0])  # loaded for its norm; it was left before its hook does that
+            raise
+        finally:
+            here.block = earlier
 
     def _context_method(self, base: type) -> Callable[..., Any]:
         attached, plain = self, base.cache_context  # type: ignore[attr-defined]

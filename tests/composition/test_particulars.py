@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import dit_accel
-from dit_accel import BlockCache, Policy
-from dit_accel.cache import Scope
+from dit_accel import BlockCache, Forecast, Policy
+from dit_accel.cache import Scope, Signal
 from dit_accel.testing import tiny_pipelines
 from dit_accel.testing.checks import traces
 from dit_accel.testing.composition import adapters, compiled
@@ -57,6 +57,22 @@ def test_a_skipped_block_is_not_loaded(when: str, monkeypatch: pytest.MonkeyPatc
     made = [sum(leader is block for leader in loaded) for block in blocks]
     assert made == [STEPS] + [STEPS - 2] * (len(blocks) - 1)
     assert sum(made) == session.stats.blocks_run < session.stats.blocks_total
+
+
+def test_a_block_that_was_left_at_its_norm_is_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, held = tiny_pipelines.build("flux"), set()
+    load, put = ModuleGroup.onload_, ModuleGroup.offload_
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda group: (held.add(group.onload_leader), load(group))[1])
+    monkeypatch.setattr(ModuleGroup, "offload_", lambda group: (held.discard(group.onload_leader), put(group))[1])
+    transformer: Any = tiny.pipe.transformer
+    options = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu"), "num_blocks_per_group": 1}
+    transformer.enable_group_offload(offload_type="block_level", **options)
+    last_skips = BlockCache(threshold=9.0, signal=Signal("modulated"), probe_blocks=0, max_skips=2, warmup=2, tail=0)
+    session = dit_accel.apply(tiny.pipe, Policy(last_skips, Forecast("newton", order=1)))
+    seen = []
+    session.on_step(lambda record: seen.append(held & {block for block, _ in session.denoisers["transformer"].blocks}))
+    call(tiny)
+    assert session.stats.blocks_run < session.stats.blocks_total and seen == [set()] * STEPS
 
 
 # -------------------------------------------------------------------------------------------------------- adapters
