@@ -7,12 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_part(
+def attend_blocks(
     queries,
     k_at,
     v_at,
     bias_at,
-    first,
+    columns,
+    begin,
+    end,
     key_tokens,
     k_token,
     v_token,
@@ -23,49 +25,58 @@ def attend_part(
     sums,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     KEYS: tl.constexpr,
     BIASED: tl.constexpr,
     RAGGED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One step of the running softmax, in base 2: KEYS keys from the one numbered `first` on.
+    """The running softmax, in base 2, over the key blocks `columns[begin:end]`, KEYS keys at a time.
 
-    k_at, v_at, bias_at: of that key. scale: of the scores, positive. RAGGED: some keys may lie past the last.
+    k_at, v_at, bias_at: of the first key of all. scale: of the scores, above 0. RAGGED: keys may lie past the last.
     maximum, total [ROWS], sums [ROWS, DIM_PADDED]: of the keys so far, handed back with these.
     """
+    parts: tl.constexpr = BLOCK_K // KEYS
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, DIM_PADDED)
-    if RAGGED or DIM != DIM_PADDED:
+    for part in range(begin * parts, end * parts):
+        block = part // parts
+        first = tl.load(columns + block) * BLOCK_K + (part - block * parts) * KEYS
+        at = first.to(tl.int64)
+        key_at = k_at + at * k_token + keys[None, :] * k_token + dims[:, None]
+        value_at = v_at + at * v_token + keys[:, None] * v_token + dims[None, :]
         kept = first + keys < key_tokens
-        inside = dims < DIM
-        key = tl.load(k_at + keys[None, :] * k_token + dims[:, None], mask=kept[None, :] & inside[:, None], other=0.0)
-        value = tl.load(v_at + keys[:, None] * v_token + dims[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
-    else:
-        key = tl.load(k_at + keys[None, :] * k_token + dims[:, None])
-        value = tl.load(v_at + keys[:, None] * v_token + dims[None, :])
-    if UPCAST:
-        key = key.to(tl.float32)
-        value = value.to(tl.float32)
-    scores = tl.dot(queries, key, input_precision="ieee")
-    if BIASED:
-        added = tl.load(bias_at + keys * bias_token, mask=first + keys < key_tokens, other=0.0)
-        lowest = tl.where(added == float("-inf"), float("-inf"), -1e38)  # finite stays finite in base 2
-        scores = scores * scale + tl.maximum(added * 1.4426950408889634, lowest)[None, :]
-    if RAGGED:
-        scores = tl.where((first + keys < key_tokens)[None, :], scores, float("-inf"))
-    if BIASED:
-        top = tl.maximum(maximum, tl.max(scores, 1))
-        zero = tl.where(top == float("-inf"), 0.0, top)  # no key so far: all scores are -inf and give 0
-        weights = tl.exp2(scores - zero[:, None])
-    else:
-        top = tl.maximum(maximum, tl.max(scores, 1) * scale)
-        zero = top  # a block has a key at the least
-        weights = tl.exp2(scores * scale - zero[:, None])
-    decay = tl.exp2(maximum - zero)
-    total = total * decay + tl.sum(weights, 1)
-    sums = sums * decay[:, None]
-    sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
-    return top, total, sums
+        if RAGGED or DIM != DIM_PADDED:
+            inside = dims < DIM
+            key = tl.load(key_at, mask=kept[None, :] & inside[:, None], other=0.0)
+            value = tl.load(value_at, mask=kept[:, None] & inside[None, :], other=0.0)
+        else:
+            key = tl.load(key_at)
+            value = tl.load(value_at)
+        if UPCAST:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        scores = tl.dot(queries, key, input_precision="ieee")
+        if BIASED:
+            added = tl.load(bias_at + at * bias_token + keys * bias_token, mask=kept, other=0.0)
+            lowest = tl.where(added == float("-inf"), float("-inf"), -1e38)  # finite stays finite in base 2
+            scores = scores * scale + tl.maximum(added * 1.4426950408889634, lowest)[None, :]
+        if RAGGED:
+            scores = tl.where(kept[None, :], scores, float("-inf"))
+        if BIASED:
+            top = tl.maximum(maximum, tl.max(scores, 1))
+            zero = tl.where(top == float("-inf"), 0.0, top)  # no key so far: all scores are -inf and give 0
+            weights = tl.exp2(scores - zero[:, None])
+        else:
+            top = tl.maximum(maximum, tl.max(scores, 1) * scale)
+            zero = top  # a block has a key at the least
+            weights = tl.exp2(scores * scale - zero[:, None])
+        decay = tl.exp2(maximum - zero)
+        total = total * decay + tl.sum(weights, 1)
+        sums = sums * decay[:, None]
+        sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
+        maximum = top
+    return maximum, total, sums
 
 
 @triton.jit
@@ -132,31 +143,22 @@ def attend_tile(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     row = row_pointers + batch * mask_batch + head * mask_head + tile * ROWS // BLOCK_Q
-    parts: tl.constexpr = BLOCK_K // KEYS
     begin = tl.load(row)
     end = tl.load(row + 1)
     whole = end
     if RAGGED:
         whole = tl.maximum(end - 1, begin)  # key blocks rise, so only the last one of a row can be cut short
-    for part in range(begin * parts, whole * parts):
-        block = part // parts
-        first = tl.load(columns + block) * BLOCK_K + (part - block * parts) * KEYS
-        at = first.to(tl.int64)
-        maximum, total, sums = attend_part(
-            queries, k_head_at + at * k_token, v_head_at + at * v_token, bias_head_at + at * bias_token, first,
-            key_tokens, k_token, v_token, bias_token, scale, maximum, total, sums,
-            DIM, DIM_PADDED, KEYS, BIASED, False, UPCAST,  # type: ignore[reportArgumentType]
-        )  # fmt: skip
+    maximum, total, sums = attend_blocks(
+        queries, k_head_at, v_head_at, bias_head_at, columns, begin, whole, key_tokens, k_token, v_token, bias_token,
+        scale, maximum, total, sums,
+        DIM, DIM_PADDED, BLOCK_K, KEYS, BIASED, False, UPCAST,  # type: ignore[reportArgumentType]
+    )  # fmt: skip
     if RAGGED:
-        for part in range(whole * parts, end * parts):
-            block = part // parts
-            first = tl.load(columns + block) * BLOCK_K + (part - block * parts) * KEYS
-            at = first.to(tl.int64)
-            maximum, total, sums = attend_part(
-                queries, k_head_at + at * k_token, v_head_at + at * v_token, bias_head_at + at * bias_token, first,
-                key_tokens, k_token, v_token, bias_token, scale, maximum, total, sums,
-                DIM, DIM_PADDED, KEYS, BIASED, True, UPCAST,  # type: ignore[reportArgumentType]
-            )  # fmt: skip
+        maximum, total, sums = attend_blocks(
+            queries, k_head_at, v_head_at, bias_head_at, columns, whole, end, key_tokens, k_token, v_token, bias_token,
+            scale, maximum, total, sums,
+            DIM, DIM_PADDED, BLOCK_K, KEYS, BIASED, True, UPCAST,  # type: ignore[reportArgumentType]
+        )  # fmt: skip
 
     alive = total != 0.0
     result = sums / tl.where(alive, total, 1.0)[:, None]

@@ -45,8 +45,8 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None, limit: int) -> Tenso
     Runs on `torch.get_num_threads()` threads.
     """
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-    out = x.new_empty(len(x), weight.outputs)
-    if len(x):
+    out = x.new_empty(x.shape[0], weight.outputs)
+    if x.shape[0]:
         run(FORWARD, x, out, weight, bias=bias, limit=limit)
     return out
 
@@ -59,7 +59,7 @@ def decode_into(weight: Weight, table: Tensor, rows: slice, out: Tensor) -> Tens
 
 def rotate(x: Tensor, weight: Weight, back: bool = False) -> Tensor:
     """x [T, I] in rotated inputs, or with `back` the way back -> as x, in x's dtype; rounded once."""
-    if weight.signs is None or not len(x):
+    if weight.signs is None or not x.shape[0]:
         return x
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -94,9 +94,9 @@ def run(
         x.stride(0) if x is not None else 0,
         out.stride(0),
         codes.stride(0),
-        len(x) if x is not None else 0,
+        x.shape[0] if x is not None else 0,
         weight.inputs,
-        len(scales),
+        scales.shape[0],
         table.shape[2],
         table.shape[0],
         weight.code_bits,

@@ -57,7 +57,7 @@ def vq_linear(
     check_input(x, impl, scratch_mb)
     check_codes(x, codes, row_scale, codebook, code_bits)
     check_rotation(x, signs, block)
-    check_added(x, len(row_scale), low_rank, bias)
+    check_added(x, row_scale.shape[0], low_rank, bias)
     impl = with_gradient(impl, row_scale, codebook, low_rank)
     if impl == "reference":
         weight = vq_plain.Weight(codes, row_scale, codebook, code_bits, x.shape[-1], signs, block, low_rank)

@@ -40,7 +40,9 @@ def operator(
     chosen = choose(tokens, weight, impl)
     if chosen == "cpu":
         out = vq_cpu.product(tokens, weight, bias, limit)
-    elif chosen == "triton" and len(tokens) <= vq_triton_kernel.FUSED_TOKENS:
+    elif chosen == "triton" and vq_triton_kernel.fuses(
+        tokens, weight, vq_tiles.rows_of(weight, x.dtype, limit, chosen)
+    ):
         out = vq_triton_kernel.product(tokens, weight, bias)
     else:
         out = vq_tiles.product(tokens, weight, bias, limit, chosen)
@@ -81,7 +83,7 @@ def weight_of(
     block: int,
 ) -> Weight:
     """The weight from the flat arguments of an operator."""
-    low_rank = (low_a, low_b) if low_a is not None and low_b is not None and len(low_a) else None
+    low_rank = (low_a, low_b) if low_a is not None and low_b is not None and low_a.shape[0] else None
     return Weight(codes, row_scale, codebook, code_bits, inputs, signs, block, low_rank)
 
 

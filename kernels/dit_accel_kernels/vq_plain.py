@@ -33,7 +33,7 @@ class Weight:
 
     @property
     def outputs(self) -> int:
-        return len(self.row_scale)
+        return self.row_scale.shape[0]
 
     @property
     def codes_per_row(self) -> int:
@@ -70,17 +70,17 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def decode_into(weight: Weight, table: Tensor, rows: slice, out: Tensor) -> Tensor:
     """Rows from codes and scales alone -> `out` [rows, I], overwritten, in its dtype, which is that of `table`."""
-    codes = unpack(weight.codes[rows], weight.code_bits, weight.codes_per_row).unflatten(1, (len(table), -1))
+    codes = unpack(weight.codes[rows], weight.code_bits, weight.codes_per_row).unflatten(1, (table.shape[0], -1))
     view = out.view(-1, table.shape[2])
     torch.index_select(table[0], 0, codes[:, 0].flatten(), out=view)
-    for stage in range(1, len(table)):
+    for stage in range(1, table.shape[0]):
         view += table[stage].index_select(0, codes[:, stage].flatten())
     return out.mul_(weight.row_scale[rows].detach().to(out.dtype).unsqueeze(1))
 
 
 def decode_bytes(weight: Weight, itemsize: int) -> int:
     """What `decode_into` allocates for one row beside `out`, at the most: codes four times as int32, a second stage."""
-    second = weight.inputs * itemsize if len(weight.codebook) > 1 else 0
+    second = weight.inputs * itemsize if weight.codebook.shape[0] > 1 else 0
     return 16 * weight.codes_per_row + second
 
 
@@ -89,8 +89,8 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     book = weight.codebook.to(dtype)
     spare = (1 << weight.code_bits) - book.shape[1]
     book = torch.nn.functional.pad(book, (0, 0, 0, spare))
-    codes = unpack(weight.codes, weight.code_bits, weight.codes_per_row).unflatten(1, (len(book), -1))
-    result = sum(book[stage][codes[:, stage].long()] for stage in range(len(book)))
+    codes = unpack(weight.codes, weight.code_bits, weight.codes_per_row).unflatten(1, (book.shape[0], -1))
+    result = sum(book[stage][codes[:, stage].long()] for stage in range(book.shape[0]))
     assert isinstance(result, Tensor)
     result = result.flatten(1) * weight.row_scale.to(dtype).unsqueeze(1)
     if weight.low_rank is not None:
@@ -136,6 +136,6 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     """Orthonormal Sylvester Hadamard matrix -> [size, size]."""
     with torch.inference_mode(False):  # kept, so it must also serve calls outside inference mode
         matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < size:
+        while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return (matrix / size**0.5).to(dtype).to(device)

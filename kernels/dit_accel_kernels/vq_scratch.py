@@ -18,7 +18,7 @@ def scratch(device: torch.device, size: int) -> Tensor:
     """uint8 [size] on `device`, with anything in it; the same memory at the next call of this thread."""
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = buffers()
-    if key not in held or len(held[key]) < size:
+    if key not in held or held[key].shape[0] < size:
         held.pop(key, None)  # let go before the larger one is made
         with torch.inference_mode(False):  # it also serves calls outside inference mode
             held[key] = torch.empty(size, dtype=torch.uint8, device=device)

@@ -22,7 +22,7 @@ ALIGNED = 128  # rows that a tile is a multiple of, where it has more
 def product(x: Tensor, weight: Weight, bias: Tensor | None, limit: int, way: str) -> Tensor:
     """x [T, I] -> [T, O] in x's dtype; memory beside it: x in rotated inputs, and `limit` bytes if one row fits in."""
     turned = _rotate(x, weight, way)
-    out = x.new_empty(len(x), weight.outputs)
+    out = x.new_empty(x.shape[0], weight.outputs)
     low = turned @ weight.low_rank[0].detach().to(x.dtype).T if weight.low_rank else None
     for rows, tile in tiles(weight, x.dtype, limit, way):
         part, added = out[:, rows], bias[rows].detach().to(x.dtype) if bias is not None else None
@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None, limit: int, way: str
 
 def input_gradient(gradient: Tensor, weight: Weight, limit: int, way: str) -> Tensor:
     """gradient [T, O] of the result -> [T, I] of x, the memory as in `product`."""
-    turned = gradient.new_zeros(len(gradient), weight.inputs)
+    turned = gradient.new_zeros(gradient.shape[0], weight.inputs)
     for rows, tile in tiles(weight, gradient.dtype, limit, way):
         turned.addmm_(gradient[:, rows], tile)
     if weight.low_rank is not None:
@@ -56,17 +56,21 @@ def _rotate(x: Tensor, weight: Weight, way: str, back: bool = False) -> Tensor:
     return (vq_cpu if way == "cpu" else vq_triton_kernel).rotate(x, weight, back=back)
 
 
-def tiles(weight: Weight, dtype: torch.dtype, limit: int, way: str) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, decoded rows [rows, I]) in turn, all in the same memory."""
-    device = weight.codes.device
-    table = weight.table(torch.float32 if way == "cpu" else dtype)
-    row_bytes = weight.inputs * dtype.itemsize
+def rows_of(weight: Weight, dtype: torch.dtype, limit: int, way: str) -> int:
+    """How many rows of the weight are decoded at once, all of them where they fit."""
     beside = vq_plain.decode_bytes(weight, dtype.itemsize) if way == "torch" else 0
-    most = min(limit, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]))
-    count = max(1, most // (row_bytes + beside))
+    most = min(limit, TILE_BYTES.get(weight.codes.device.type, TILE_BYTES["cuda"]))
+    count = max(1, most // (weight.inputs * dtype.itemsize + beside))
     if count > ALIGNED:  # a product over an odd number of rows takes cuBLAS nine times as long
         count -= count % ALIGNED
-    count = min(weight.outputs, count)
+    return min(weight.outputs, count)
+
+
+def tiles(weight: Weight, dtype: torch.dtype, limit: int, way: str) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (rows, decoded rows [rows, I]) in turn, all in the same memory."""
+    device, row_bytes = weight.codes.device, weight.inputs * dtype.itemsize
+    table = weight.table(torch.float32 if way == "cpu" else dtype)
+    count = rows_of(weight, dtype, limit, way)
     decode = {"cpu": vq_cpu, "torch": vq_plain, "triton": vq_triton_kernel}[way].decode_into
     buffer = scratch(device, count * row_bytes).view(dtype).view(count, weight.inputs)
     for first in range(0, weight.outputs, count):

@@ -47,7 +47,7 @@ def check_codes(x: Tensor, codes: Tensor, row_scale: Tensor, codebook: Tensor, c
     if inputs % width:
         raise KernelError(f"x has {inputs} inputs, but they must be a multiple of d = {width}, the codebook's width.")
     length = -(-stages * (inputs // width) * code_bits // 8)
-    if codes.shape[1] != length or len(codes) != len(row_scale) or not len(codes):
+    if codes.shape[1] != length or codes.shape[0] != row_scale.shape[0] or not codes.shape[0]:
         raise KernelError(
             f"codes is of shape {list(codes.shape)} and row_scale of {list(row_scale.shape)}, but for {inputs} inputs, "
             f"{stages} stages of width {width} and {code_bits} bits they must be [O, {length}] and [O], O 1 or more."
@@ -62,9 +62,9 @@ def check_rotation(x: Tensor, signs: Tensor | None, block: int) -> None:
         return
     check_tensor("signs", signs, 1, "[ceil(I / 8)]", x, torch.uint8)
     inputs = x.shape[-1]
-    if len(signs) != -(-inputs // 8):
+    if signs.shape[0] != -(-inputs // 8):
         raise KernelError(
-            f"signs has {len(signs)} bytes, but {inputs} inputs take {-(-inputs // 8)}, a bit for each input."
+            f"signs has {signs.shape[0]} bytes, but {inputs} inputs take {-(-inputs // 8)}, a bit for each input."
         )
     if block < 1 or block & (block - 1) or inputs % block:
         raise KernelError(f"block is {block}, but it must be a power of two that divides the {inputs} inputs.")
@@ -85,8 +85,8 @@ def check_added(x: Tensor, outputs: int, low_rank: tuple[Tensor, Tensor] | None,
             )
     if bias is not None:
         check_tensor("bias", bias, 1, "[O]", x)
-        if len(bias) != outputs:
-            raise KernelError(f"bias has {len(bias)} entries, but there are {outputs} outputs.")
+        if bias.shape[0] != outputs:
+            raise KernelError(f"bias has {bias.shape[0]} entries, but there are {outputs} outputs.")
 
 
 def check_tensor(name: str, tensor: Tensor, dims: int, shape: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
