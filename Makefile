@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile composition bench-kernels bench-load-memory bench-offload bench-parallel bench-slicing evidence clean help
+.PHONY: demo studio studio-test test test-compat FORCE check bench bench-compile bench-gpu composition bench-kernels bench-load-memory bench-offload bench-parallel bench-slicing evidence clean help
 
 help:
 	@echo "make demo    accelerate the shipped tiny-flux pipeline, print the table, write the pictures to outputs/demo"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-compile  caches and torch.compile together, ours and rivals' (15 minutes)"
 	@echo "make bench-offload  what is loaded and held while weights lie elsewhere, ours and rivals' (5 minutes)"
 	@echo "make bench-parallel  gates on two processes that share one sequence, beside the rivals' (10 minutes)"
+	@echo "make bench-gpu  kernels, caches, offload, compiling and quantised weights on a CUDA device (a quarter of an hour)"
 	@echo "make bench-load-memory  peak memory of a FLUX-wide model quantised while it is loaded (15 minutes)"
 	@echo "make bench-slicing  peak memory and time of a Wan-shaped model with its feed-forward layers in slices (10 minutes)"
 	@echo "make bench-tiny-sd3  the same on another pipeline (ITEMS=8 pictures; half an hour)"
@@ -70,7 +71,8 @@ test: check
 # The suite with other versions, each in an environment of its own, one package at a time away from constraints.txt.
 COMPAT ?= diffusers-0.38.0 diffusers-0.39.0 diffusers-0.40.0 diffusers-0.41.0 diffusers-0.42.0 torch-2.14.1
 COMPAT_TESTS ?= tests/test_session.py tests/test_pipelines.py tests/test_calls.py tests/denoiser tests/quantization \
-	tests/attention/test_route.py tests/render/test_render.py
+	tests/attention/test_route.py tests/render/test_render.py \
+	tests/composition/test_context_parallel.py tests/composition/test_from_pipe.py
 COMPAT_FREE := transformers|tokenizers|huggingface_hub|hf-xet|triton|setuptools
 test-compat: $(COMPAT:%=.compat/%/.tested)
 
@@ -104,6 +106,11 @@ bench-attention-%: $(VENV)/.installed-bench
 bench-weights-%: $(VENV)/.installed-bench
 	$(BIN)/python -m dit_accel.bench.weights pipelines/$* --items $(ITEMS) --steps 20 --runs 32 \
 		--out pipelines/$*/results
+
+# The kernels and whole models on a CUDA device.
+bench-gpu: $(VENV)/.installed-bench
+	$(BIN)/python kernels/benchmarks/gpu.py --out docs/results/gpu-kernels.json
+	$(BIN)/python -m dit_accel.bench.gpu --out docs/results
 
 # Gates on two processes that share one sequence, ours and the rivals'.
 bench-parallel: $(VENV)/.installed-bench

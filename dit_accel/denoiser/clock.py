@@ -177,7 +177,9 @@ class TimeArgument:
     """Finds the time step among the arguments of a denoiser call, by the name of its parameter."""
 
     def __init__(self, module: nn.Module):
-        names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+        # of the class: hooks of diffusers 0.39 put a forward(*args, **kwargs) on the instance
+        declared = list(inspect.signature(type(module).forward).parameters)[1:]
+        names = [name for name in declared if name not in ("args", "kwargs")]
         ranked = ("timestep", "timesteps", "t", "vision_timesteps")
         exact = [name for name in ranked if name in names]
         self.names = (exact or [name for name in names if "time" in name])[:1]

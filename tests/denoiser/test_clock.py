@@ -314,3 +314,9 @@ def test_the_time_argument_is_found_by_name(names: Any, args: Any, kwargs: Any, 
 
 def test_a_module_without_a_time_has_no_names() -> None:
     assert TimeArgument(module_taking("x", "*args", "**kwargs")).names == []
+
+
+def test_a_hook_on_the_instance_hides_no_name() -> None:
+    module = module_taking("x", "timestep")
+    module.forward = lambda *args, **kwargs: None
+    assert TimeArgument(module).find((1, 2), {}) == 2
