@@ -1,4 +1,4 @@
-"""Block-sparse attention by a Triton program, for CUDA. Sizes of tiles were chosen on an H200 (gpu-kernels.json).
+"""Block-sparse attention by a Triton program, for CUDA. Sizes of tiles were chosen on an H200 (docs/gpu.md).
 
 The interpreter runs it on CPU tensors where TRITON_INTERPRET=1 was set before triton was imported. Its bfloat16 product
 is wrong (triton 3.9.0), so there products are taken in float32.

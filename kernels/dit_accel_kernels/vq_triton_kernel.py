@@ -1,4 +1,4 @@
-"""vq_linear by Triton programs, for CUDA. Sizes of tiles were chosen on an H200 (docs/results/gpu-kernels.json).
+"""vq_linear by Triton programs, for CUDA. Sizes of tiles were chosen on an H200 (docs/gpu.md).
 
 Rows are decoded into the scratch buffer and multiplied by cuBLAS there (vq_tiles.py); or, for few tokens and a large
 weight, one program looks weights up and multiplies them. x is rotated by a program of its own, either way.
