@@ -101,7 +101,7 @@ class AttachedDenoiser(ServedDenoiser):
             if number is None:
                 return plain(module, *args, **kwargs)
 
-            if forward is None:
+            if forward is None or forward.unseen:
                 return attached.run_block(number, lambda: plain(module, *args, **kwargs), args, kwargs)
 
             def routed(own: Any, named: Any) -> Any:

@@ -32,7 +32,7 @@ class Forward(Decision):
     block; made: the model's outputs, or what stands in for them; sample: of the batch;
     symbols: one a block call, what became of it; position: block calls so far; place: of the block of the stack that
     is running; outputs: of its last block that ran or was skipped; wasted: blocks run in an attempt that left the
-    contract.
+    contract; unseen: blocks run past it, and are counted afterwards.
     """
 
     observer: Observer | None = None
@@ -46,6 +46,7 @@ class Forward(Decision):
     outputs: tuple[Any, ...] = ()
     skipped_layers: list[tuple[int, str]] = field(default_factory=list)
     wasted: int = 0
+    unseen: bool = False
 
     @property
     def executed(self) -> int:
@@ -62,8 +63,13 @@ class Forward(Decision):
         """True where something is noted of blocks, or decided at them; else the model may run as it is."""
         return self.observer is not None or (self._acts and self.cache is not None and not self.cache.scope.is_model)
 
+    def look_away(self) -> None:
+        """Let the blocks of the coming model call run past this, where only whole steps are skipped and it is known which
+        blocks are called: to be asked for each takes time. A call that finds out where NaN begins looks."""
+        self.unseen = self._acts and not self.sees_blocks and self.decision != RECOMPUTE
+
     def ran_unseen(self, blocks: int) -> None:
-        """The model has run as one compiled graph. blocks: how many it has, where no contract tells how many are
+        """The model has run, and its blocks were not seen. blocks: how many it has, where no contract tells how many are
         called."""
         calls = blocks if self.contract is None else len(self.contract.sequence)
         self.symbols += [SYMBOLS[RECOMPUTE if self.decision == RECOMPUTE else COMPUTE]] * calls

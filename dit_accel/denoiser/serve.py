@@ -300,11 +300,19 @@ class ServedDenoiser(Recorder):
     ) -> Any:
         whole = self.compiled
         if whole is None:
-            return self._run_seen(forward, partial(original, *args, **kwargs), run, key)
+            return self._run_seen(forward, partial(self._by_itself, forward, original, args, kwargs), run, key)
         if forward.sees_blocks:
             with holding(self.here, "by_block", whole if forward.observer is None else None):
                 return self._run_seen(forward, partial(whole.uncompiled, *args, **kwargs), run, key)
         return self._run_seen(forward, partial(self._in_one_graph, forward, original, args, kwargs), run, key)
+
+    def _by_itself(self, forward: Forward, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The model, with a look at its blocks where there is anything to see."""
+        forward.look_away()
+        result = original(*args, **kwargs)
+        if forward.unseen:
+            forward.ran_unseen(len(self.blocks))
+        return result
 
     def _in_one_graph(self, forward: Forward, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The compiled model as it is: its blocks are not seen, so all that are known are counted."""
