@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel import BlockCache, DitAccelError, Forecast, Policy, PolicyError, UnsupportedModelError
+from dit_accel.cache import Scope
+from dit_accel.denoiser.forward import Forward
 from dit_accel.denoiser.subclass import owner_of
 from dit_accel.presets import RULES, WEIGHTS
 from dit_accel.testing import tiny_pipelines, tiny_transformers
@@ -552,6 +554,22 @@ def test_the_report_counts_what_was_skipped() -> None:
     assert "8 denoiser calls: 28 of 48 blocks run (58.3%)" in report  # 4 computed steps of 6, 4 skipped ones of 1
     for line in ("2 x forecast: schedule", "2 x reuse: schedule", "2 x compute: longest run"):
         assert line in report
+
+
+def test_blocks_are_looked_at_once_where_only_whole_steps_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, asked, ran = tiny_pipelines.build("flux"), [], []
+    plain = Forward.block
+    monkeypatch.setattr(
+        Forward, "block", lambda self, number, *rest: (asked.append(number), plain(self, number, *rest))[1]
+    )
+    whole = BlockCache(threshold=None, max_skips=1, warmup=2, tail=1, scope=Scope("model", "output"))
+    session = dit_accel.apply(tiny.pipe, Policy(whole, Forecast("newton", order=1)))
+    blocks = [block for block, _ in session.denoisers["transformer"].blocks]
+    for block in blocks:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    tiny_pipelines.call(tiny, STEPS)
+    assert asked == list(range(len(blocks)))  # the observed forward
+    assert len(ran) == session.stats.blocks_run < session.stats.blocks_total == STEPS * len(blocks)
 
 
 def test_a_refused_model_is_an_error_or_a_warning() -> None:

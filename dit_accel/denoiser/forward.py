@@ -64,13 +64,13 @@ class Forward(Decision):
         return self.observer is not None or (self._acts and self.cache is not None and not self.cache.scope.is_model)
 
     def look_away(self) -> None:
-        """Let the blocks of the coming model call run past this, where only whole steps are skipped and it is known which
-        blocks are called: to be asked for each takes time. A call that finds out where NaN begins looks."""
+        """Let the blocks of the coming model call run past this, where only whole steps are skipped and it is known
+        which blocks are called: to be asked for each takes time. A call that finds out where NaN begins looks."""
         self.unseen = self._acts and not self.sees_blocks and self.decision != RECOMPUTE
 
     def ran_unseen(self, blocks: int) -> None:
-        """The model has run, and its blocks were not seen. blocks: how many it has, where no contract tells how many are
-        called."""
+        """The model has run, and its blocks were not seen. blocks: how many it has, where no contract tells how many
+        are called."""
         calls = blocks if self.contract is None else len(self.contract.sequence)
         self.symbols += [SYMBOLS[RECOMPUTE if self.decision == RECOMPUTE else COMPUTE]] * calls
         self.position = calls
