@@ -69,6 +69,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     as_policy(arguments.policy)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; give a folder.")
+    from dit_accel.devices import pick, put
+
+    pick(arguments.device)
     pipe = load_pipeline(arguments.pipeline, arguments.dtype)
     if arguments.out is not None and hasattr(pipe, "video_processor"):
         importlib.import_module("av")  # missing is better known now than when all is made
@@ -88,7 +91,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if prompts != [None]:
         defaults.pop("class_labels", None)  # the prompts say which
     comparison = compare(
-        pipe,
+        put(pipe, arguments.device),
         arguments.policy,
         prompts,
         seeds,
@@ -118,12 +121,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
+    from dit_accel.devices import pick, put
     from dit_accel.quantization.command import check_out, quantize_and_compare, save_pipeline
 
     call, settings = _call_arguments(arguments), _vector_quant(arguments)
     prompts = _prompts(arguments)
     check_out(arguments.out)
-    pipe = load_pipeline(arguments.pipeline, arguments.dtype)
+    pick(arguments.device)
+    pipe = put(load_pipeline(arguments.pipeline, arguments.dtype), arguments.device)
     defaults = call_defaults(arguments.pipeline)
     if prompts != [None]:
         defaults.pop("class_labels", None)  # the prompts say which
@@ -442,6 +447,7 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     _call_options(parser)
     parser.add_argument("--threads", type=_positive, metavar="N", help="torch threads (default: torch's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--fps", type=_positive, default=16, help="of written videos (default: %(default)s)")
     parser.add_argument(
         "--out",
@@ -484,6 +490,7 @@ def _quantize_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=20, help="of the compared items (default: %(default)s)")
     _call_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all that stays dense (default: float32)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

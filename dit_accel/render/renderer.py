@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dit_accel.api import apply
+from dit_accel.devices import pick, put
 from dit_accel.errors import ManifestError, PolicyError
 from dit_accel.policy import Policy
 from dit_accel.quality import SSIM_WINDOW, psnr, ssim
@@ -28,12 +28,8 @@ def load(settings: RenderSettings) -> Any:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    pipe = load_pipeline(settings.pipeline, settings.dtype)
-    device = settings.device
-    if device == "auto":
-        local = os.environ.get("LOCAL_RANK", "0")
-        device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return pipe if device == "cpu" else pipe.to(device)
+    pick(settings.device)  # what is wrong with it is better known before the weights are read
+    return put(load_pipeline(settings.pipeline, settings.dtype), settings.device)
 
 
 class Renderer:
