@@ -35,7 +35,8 @@ class Decision(Memory):
     grid: how its tokens are laid out; inputs: of the first block, what the probe is a residual to; masks: of single
     units, from a calibration; led: the first branch's verdict on this step, where it decides for all; peers: processes
     that decide together.
-    decision, reason, indicator, forecast_error: for the step record; plan: places that are skipped -> their range.
+    decision, reason, indicator, forecast_error: for the step record; plan: places that are skipped -> their range;
+    open_ranges: that may be skipped at this step, once somebody asked.
     """
 
     names: Sequence[str]
@@ -56,6 +57,7 @@ class Decision(Memory):
     ranks: dict[Unit, float] = field(default_factory=dict)
     skipping: bool = False
     plan: dict[int, Range] = field(default_factory=dict)
+    open_ranges: tuple[Range, ...] | None = None
 
     @property
     def _decides_at(self) -> str:
@@ -281,9 +283,11 @@ class Decision(Memory):
         return mask is None or is_open(mask, self.state.seen, steps)
 
     def _ranges(self, contract: Contract) -> tuple[Range, ...]:
-        remaining = self.info.remaining
-        progress = self.state.seen / (self.state.seen + remaining) if remaining else 0.0
-        return contract.ranges(progress)
+        if self.open_ranges is None:  # asked for at every block
+            remaining = self.info.remaining
+            progress = self.state.seen / (self.state.seen + remaining) if remaining else 0.0
+            self.open_ranges = contract.ranges(progress)
+        return self.open_ranges
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
         return bool(torch.isfinite(self.peers.mean(torch.stack([finite_flag((one,)) for one in tensors]))).all())
