@@ -71,7 +71,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out {arguments.out} is a file; give a folder.")
     from dit_accel.devices import pick, put
 
-    pick(arguments.device)
+    device = pick(arguments.device)
     pipe = load_pipeline(arguments.pipeline, arguments.dtype)
     if arguments.out is not None and hasattr(pipe, "video_processor"):
         importlib.import_module("av")  # missing is better known now than when all is made
@@ -91,7 +91,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if prompts != [None]:
         defaults.pop("class_labels", None)  # the prompts say which
     comparison = compare(
-        put(pipe, arguments.device),
+        put(pipe, device),
         arguments.policy,
         prompts,
         seeds,
@@ -127,8 +127,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
     call, settings = _call_arguments(arguments), _vector_quant(arguments)
     prompts = _prompts(arguments)
     check_out(arguments.out)
-    pick(arguments.device)
-    pipe = put(load_pipeline(arguments.pipeline, arguments.dtype), arguments.device)
+    device = pick(arguments.device)
+    pipe = put(load_pipeline(arguments.pipeline, arguments.dtype), device)
     defaults = call_defaults(arguments.pipeline)
     if prompts != [None]:
         defaults.pop("class_labels", None)  # the prompts say which

@@ -28,7 +28,6 @@ def pick(name: str = "auto") -> torch.device:
     return device
 
 
-def put(pipe: Any, name: str = "auto") -> Any:
-    """The pipeline on the device of a name, as `pick` reads it."""
-    device = pick(name)
+def put(pipe: Any, device: torch.device) -> Any:
+    """The pipeline on a device that `pick` gave."""
     return pipe if device.type == "cpu" else pipe.to(device)

@@ -29,8 +29,8 @@ def test_auto_is_the_first_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pipeline_stays_on_the_cpu_and_moves_elsewhere() -> None:
     pipe = Pipe()
-    assert put(pipe, "cpu") is pipe and pipe.moved is None
-    assert put(pipe, "meta") is pipe and str(pipe.moved) == "meta"
+    assert put(pipe, pick("cpu")) is pipe and pipe.moved is None
+    assert put(pipe, pick("meta")) is pipe and str(pipe.moved) == "meta"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "cpu:x", "xla"])

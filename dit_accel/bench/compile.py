@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.bench.methods import Attach, cache_dit, diffusers_cache, ours, plain
-from dit_accel.bench.results import versions
+from dit_accel.bench.results import failure, versions
 from dit_accel.cache import Scope
 from dit_accel.diffusers_bridge import graph_counts
 from dit_accel.files import write_atomically
@@ -127,7 +127,7 @@ def count(method: str, way: str) -> Graphs:
         first = graph_counts()
         call(pipe, 32, 8)
     except Exception as error:  # a rival may refuse or break, which is what is asked here
-        return Graphs(method, way, error=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        return Graphs(method, way, error=failure(error))
     return Graphs(method, way, first[0] - before[0], first[1] - before[1], graph_counts()[0] - first[0])
 
 

@@ -28,7 +28,7 @@ from dit_accel.bench.compile import METHODS as CACHES
 from dit_accel.bench.compile import WAYS
 from dit_accel.bench.methods import Attach, ours
 from dit_accel.bench.overhead import NEVER
-from dit_accel.bench.results import versions
+from dit_accel.bench.results import failure, versions
 from dit_accel.files import write_atomically
 from dit_accel.testing.tiny_components import enliven, flow_scheduler, flow_vae
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report[name] = PARTS[name](arguments)
         except Exception as error:  # one part that fails leaves the others their figures
             traceback.print_exc()
-            report[name] = [{"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
+            report[name] = [{"error": failure(error)}]
         for row in report[name]:
             print(name, row, flush=True)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -171,7 +171,7 @@ def compared(
         try:
             found, made = measured(pipe, attach, arguments)
         except Exception as error:  # a rival may not run in this way, which is what is asked here
-            rows.append(row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            rows.append(row | {"error": failure(error)})
             continue
         row |= found | {"finite": bool(made.isfinite().all())}
         if rows and "seconds" in rows[0]:

@@ -38,7 +38,7 @@ from dit_accel import BlockCache, Forecast, Policy
 from dit_accel.bench.compile import METHODS as COMPILED
 from dit_accel.bench.compile import MODEL, STACK, call, pipeline
 from dit_accel.bench.methods import Attach, cache_dit, diffusers_cache
-from dit_accel.bench.results import versions
+from dit_accel.bench.results import failure, versions
 from dit_accel.cache import Signal
 from dit_accel.files import write_atomically
 from dit_accel.session import Session
@@ -234,7 +234,7 @@ def count(method: str, way: str, order: str, arguments: argparse.Namespace, want
             watch.clear()
             _, made = call(partial(pipe, callback_on_step_end=watch.next_step), arguments.side, arguments.steps)
         except Exception as error:  # a way may not exist on a CPU, a rival may break in it, which is what is asked here
-            return Loads(method, way, order, error=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            return Loads(method, way, order, error=failure(error))
     apart = 0.0 if wanted is None else float((made - wanted).norm() / wanted.norm())
     return Loads(
         method,
@@ -345,7 +345,7 @@ def states(arguments: argparse.Namespace) -> list[Held]:
         try:
             grown, session, away = growth(method, arguments)
         except Exception as error:  # as above
-            rows.append(Held(method, 0, error=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+            rows.append(Held(method, 0, error=failure(error)))
             continue
         seen = max(own - other for own, other in zip(grown, plain, strict=True))
         own = (None, None) if session is None else (session.stats.state_bytes, away)

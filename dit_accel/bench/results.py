@@ -80,6 +80,11 @@ def png_of(figure: Any, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
+def failure(error: Exception) -> str:
+    """What a row says of a method that does not run."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Of what the benches rest on, and of these packages too, where they are installed."""
     found = {}

@@ -28,8 +28,8 @@ def load(settings: RenderSettings) -> Any:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    pick(settings.device)  # what is wrong with it is better known before the weights are read
-    return put(load_pipeline(settings.pipeline, settings.dtype), settings.device)
+    device = pick(settings.device)  # what is wrong with it is better known before the weights are read
+    return put(load_pipeline(settings.pipeline, settings.dtype), device)
 
 
 class Renderer:
